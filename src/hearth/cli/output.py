@@ -1,0 +1,40 @@
+"""What the verbs print: JSON for scripts, tables for people, progress for whoever waits.
+
+Data goes to standard output; progress, notes and errors go to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+
+def print_json(value: Any) -> None:
+    """Write ``value`` as the only thing on standard output."""
+    click.echo(json.dumps(value, indent=2, default=str, ensure_ascii=False))
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None
+) -> None:
+    """Write a table to standard output; it is as wide as the terminal, or 160 columns in a pipe."""
+    console = Console(width=None if Console().is_terminal else 160)
+    table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    console.print(table)
+
+
+def note(message: str) -> None:
+    """Write a note for a person to standard error."""
+    click.echo(message, err=True)
+
+
+def error_console() -> Console:
+    """The console on standard error, for progress bars."""
+    return Console(stderr=True)

@@ -1,0 +1,261 @@
+"""The recipe: one typed, frozen description of a job, and the hash that names it.
+
+Every section is a frozen pydantic model that refuses unknown keys. Cross-field checks live here, in the
+spelling of the file, so that an impossible combination is refused before any work starts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, defaults validated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class AdapterSection(Section):
+    """LoRA, through PEFT."""
+
+    rank: PositiveInt = Field(16, description="Rank of the update matrices.")
+    alpha: PositiveFloat = Field(32.0, description="Scale; the update is multiplied by alpha / rank.")
+    dropout: Fraction = Field(0.0, description="Dropout on the adapter's input.")
+    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear", description="Names of the linear layers that get an adapter."
+    )
+
+
+class ModelSection(Section):
+    """Where the weights start: an existing model, a size, or a transformers configuration."""
+
+    base: str | None = Field(
+        None, description="Model to start from: name, name@version, a directory, hf:org/name."
+    )
+    size: str | None = Field(None, description="Number of parameters to derive a shape for, such as 10M.")
+    config: dict[str, Any] | None = Field(
+        None, description="A transformers configuration with model_type, to build from scratch."
+    )
+    architecture: str = Field("qwen3", description="The model_type that `size` derives a shape for.")
+    context_length: PositiveInt = Field(
+        1024, description="Longest sequence of a model built from scratch, in tokens."
+    )
+    adapter: AdapterSection | None = Field(None, description="Train a LoRA adapter instead of all weights.")
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        given = [key for key in ("base", "size", "config") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of base, size and config, not {' and '.join(given)}")
+        if self.adapter is not None and self.base is None:
+            raise ValueError("adapter needs base: an adapter is trained on top of an existing model")
+        return self
+
+
+class TokenizerSection(Section):
+    """Which tokenizer: an existing one, or a byte-level BPE trained on the corpus."""
+
+    base: str | None = Field(
+        None, description="Tokenizer to use: a model reference or a directory. Default: that of model.base."
+    )
+    vocab_size: Annotated[int, Field(ge=260)] = Field(
+        8192, description="Size of the byte-level BPE that is trained when there is no base."
+    )
+    sample_mb: PositiveFloat = Field(64.0, description="At most this much text is read to train it, in MB.")
+
+
+class SourceSection(Section):
+    """One source of documents."""
+
+    path: str = Field(
+        description="A file, a folder, a glob, or `stdlib` for the source of Python's standard library."
+    )
+    format: Literal["auto", "text", "jsonl", "chat", "stdlib", "stdlib-chat"] = Field(
+        "auto",
+        description="text: a file is a document; jsonl: a line is one; chat: a line is a conversation.",
+    )
+    text_field: str = Field("text", description="The JSONL key that holds the text.")
+    messages_field: str = Field("messages", description="The JSONL key that holds a list of messages.")
+    prompt_field: str | None = Field(
+        None, description="For chat: the key of the user's turn, where rows are prompt and response."
+    )
+    response_field: str | None = Field(None, description="For chat: the key of the assistant's turn.")
+    license: str | None = Field(None, description="The licence of the text, kept in the manifest.")
+
+
+class FilterSection(Section):
+    """Basic quality filters on text documents; what each one removes is counted in the manifest."""
+
+    min_chars: NonNegativeInt = Field(1, description="Drop documents with fewer characters.")
+    max_chars: PositiveInt | None = Field(None, description="Drop documents with more characters.")
+    max_line_chars: PositiveInt | None = Field(
+        None, description="Drop documents whose longest line is longer (minified or generated text)."
+    )
+    min_alphabetic: Fraction = Field(0.0, description="Drop documents with a smaller share of letters.")
+    max_duplicate_lines: Fraction = Field(
+        1.0, description="Drop documents where a larger share of the non-empty lines repeats an earlier one."
+    )
+
+
+class DataSection(Section):
+    """From sources to packed rows of tokens."""
+
+    dataset: str | None = Field(None, description="A prepared dataset directory; instead of sources.")
+    sources: tuple[SourceSection, ...] = Field((), description="Where the documents come from.")
+    filters: FilterSection = Field(default_factory=FilterSection, description="Quality filters.")
+    deduplicate: Literal["exact", "none"] = Field("exact", description="Drop repeated documents.")
+    on_bad_file: Literal["skip", "fail"] = Field(
+        "skip", description="A binary file or invalid UTF-8 among texts: skip it and count it, or stop."
+    )
+    validation_fraction: Fraction = Field(0.02, description="Share of documents held out for evaluation.")
+    sequence_length: PositiveInt = Field(512, description="Tokens in one training row.")
+    packing: bool = Field(True, description="Fill rows with several documents, isolated from one another.")
+    truncate: bool = Field(
+        False, description="Chat: cut conversations longer than a row instead of dropping and counting them."
+    )
+    seed: int = Field(0, description="Decides the split and the order of the rows.")
+    num_workers: NonNegativeInt = Field(0, description="Processes that tokenise; 0 means one a core.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.dataset is not None and self.sources:
+            raise ValueError("give dataset or sources, not both")
+        return self
+
+
+class TrainSection(Section):
+    """Objective and optimisation. A step is one optimizer update over ``batch_size`` rows."""
+
+    objective: Literal["pretrain", "sft"] = Field(
+        "pretrain", description="pretrain: every token counts; sft: the assistant's tokens count."
+    )
+    steps: PositiveInt | None = Field(None, description="Optimizer steps to run.")
+    epochs: PositiveFloat | None = Field(None, description="Passes over the data; instead of steps.")
+    batch_size: PositiveInt = Field(32, description="Rows in one optimizer step.")
+    micro_batch_size: PositiveInt = Field(8, description="Rows in one forward and backward pass.")
+    learning_rate: PositiveFloat = Field(3e-4, description="Peak learning rate.")
+    min_lr_ratio: Fraction = Field(0.1, description="Final learning rate as a share of the peak.")
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = Field(
+        "cosine", description="Shape after warmup."
+    )
+    warmup_steps: NonNegativeInt = Field(0, description="Steps of linear warmup.")
+    decay_fraction: Fraction = Field(0.2, description="WSD: share of the steps spent in the final decay.")
+    weight_decay: NonNegativeFloat = Field(0.1, description="AdamW weight decay on matrices.")
+    beta1: Fraction = Field(0.9, description="AdamW beta1.")
+    beta2: Fraction = Field(0.95, description="AdamW beta2.")
+    epsilon: PositiveFloat = Field(1e-8, description="AdamW epsilon.")
+    grad_clip: NonNegativeFloat = Field(1.0, description="Largest gradient norm; 0 does not clip.")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="Autocast type; auto takes bf16 where the hardware computes in it."
+    )
+    compile: bool = Field(False, description="Compile the model with torch.compile.")
+    evaluate_every: NonNegativeInt = Field(
+        0, description="Steps between evaluations; 0 evaluates at the end."
+    )
+    evaluate_rows: NonNegativeInt = Field(0, description="Rows of an evaluation; 0 means all.")
+    early_stopping_patience: NonNegativeInt = Field(
+        0, description="Stop after this many evaluations without improvement; 0 never stops early."
+    )
+    early_stopping_min_delta: NonNegativeFloat = Field(0.0, description="Smallest improvement that counts.")
+    log_every: PositiveInt = Field(1, description="Steps between recorded metrics.")
+    seed: int = Field(0, description="Seed of initialisation, dropout and data order.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        if self.steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}")
+        if self.early_stopping_patience and not self.evaluate_every:
+            raise ValueError("early_stopping_patience needs evaluate_every")
+        return self
+
+
+class ParallelSection(Section):
+    """How the job is spread over processes. One process today; the keys are the contract."""
+
+    data: Literal[1] = Field(1, description="Data-parallel replicas.")
+
+
+class CheckpointSection(Section):
+    """What is saved during training."""
+
+    every: NonNegativeInt = Field(0, description="Steps between checkpoints; 0 saves at the end only.")
+    keep: Annotated[int, Field(ge=2)] = Field(2, description="Newest checkpoints to keep, besides the best.")
+
+
+class TrackSection(Section):
+    """Where metrics go. The workspace always records them."""
+
+    name: str | None = Field(None, description="Name of the run; default: the name of the recipe file.")
+    tags: dict[str, str] = Field(default_factory=dict, description="Tags of the run.")
+
+
+class EvaluateSection(Section):
+    """What is measured after training."""
+
+    bits_per_byte: bool = Field(True, description="Bits per byte on the held-out documents.")
+    parity: bool = Field(True, description="Run the parity gate on the registered version.")
+    parity_prompts: PositiveInt = Field(8, description="Prompts of the parity gate.")
+    parity_tokens: PositiveInt = Field(32, description="Greedy tokens compared for each prompt.")
+
+
+class RegisterSection(Section):
+    """The model version that the job leaves behind."""
+
+    name: str | None = Field(None, description="Name in the registry; without it nothing is registered.")
+    aliases: tuple[str, ...] = Field((), description="Aliases to set once the parity gate has passed.")
+    tags: dict[str, str] = Field(default_factory=dict, description="Tags of the version.")
+
+
+class Recipe(Section):
+    """A whole job. ``Recipe.load`` reads it from a file with its layers; see ``hearth.config.loading``."""
+
+    model: ModelSection = Field(default_factory=ModelSection, description="Where the weights start.")
+    tokenizer: TokenizerSection = Field(default_factory=TokenizerSection, description="The tokenizer.")
+    data: DataSection = Field(default_factory=DataSection, description="The data.")
+    train: TrainSection = Field(default_factory=TrainSection, description="Objective and optimisation.")
+    parallel: ParallelSection = Field(default_factory=ParallelSection, description="Processes and devices.")
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="Checkpoints.")
+    track: TrackSection = Field(default_factory=TrackSection, description="Tracking.")
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection, description="Evaluation.")
+    register_: RegisterSection = Field(
+        default_factory=RegisterSection, alias="register", description="Registration."
+    )
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), populate_by_name=True
+    )
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+        """Read a recipe file with all its layers; see ``hearth.config.loading.load_recipe``."""
+        from hearth.config.loading import load_recipe
+
+        return load_recipe(path, overrides).recipe
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (
+            self.model.base is None
+            and self.model.config is None
+            and self.data.sequence_length > self.model.context_length
+        ):
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} is longer than model.context_length "
+                f"{self.model.context_length}"
+            )
+        return self
