@@ -1,0 +1,78 @@
+"""The names of all metrics, spans, log events and their labels: the only module that holds them.
+
+Dashboards, alerts and the monitoring room refer to these constants, so a rename is one edit, seen by a test.
+Prometheus names carry the prefix ``hearth_`` and base units (seconds, bytes, ratios from 0 to 1); counters
+end in ``_total`` when exposed. OpenTelemetry names follow the GenAI conventions, which are still changing:
+they stay behind these constants too.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Labels. Values come from a closed set that the operator controls; never a user's text or identity.
+LABEL_MODEL: Final = "model"
+LABEL_ROUTE: Final = "route"
+LABEL_STATUS: Final = "status"
+LABEL_REASON: Final = "reason"
+LABEL_VERSION: Final = "version"
+
+# Engine gauges.
+ENGINE_RUNNING: Final = "hearth_engine_requests_running"
+ENGINE_WAITING: Final = "hearth_engine_requests_waiting"
+ENGINE_KV_USAGE: Final = "hearth_engine_kv_cache_usage_ratio"
+ENGINE_HEARTBEAT_AGE: Final = "hearth_engine_heartbeat_age_seconds"
+ENGINE_INFO: Final = "hearth_engine_info"
+
+# Engine counters.
+ENGINE_PROMPT_TOKENS: Final = "hearth_engine_prompt_tokens"
+ENGINE_CACHED_TOKENS: Final = "hearth_engine_prompt_tokens_cached"
+ENGINE_GENERATION_TOKENS: Final = "hearth_engine_generation_tokens"
+ENGINE_FINISHED: Final = "hearth_engine_requests_finished"
+ENGINE_PREEMPTIONS: Final = "hearth_engine_preemptions"
+
+# Engine histograms.
+ENGINE_TTFT: Final = "hearth_engine_time_to_first_token_seconds"
+ENGINE_ITL: Final = "hearth_engine_inter_token_latency_seconds"
+ENGINE_E2E: Final = "hearth_engine_request_duration_seconds"
+ENGINE_REQUEST_PROMPT_TOKENS: Final = "hearth_engine_request_prompt_tokens"
+ENGINE_REQUEST_GENERATION_TOKENS: Final = "hearth_engine_request_generation_tokens"
+
+# Gateway.
+GATEWAY_REQUESTS: Final = "hearth_gateway_requests"
+GATEWAY_IN_FLIGHT: Final = "hearth_gateway_requests_in_flight"
+GATEWAY_DURATION: Final = "hearth_gateway_request_duration_seconds"
+GATEWAY_UPSTREAM_ERRORS: Final = "hearth_gateway_upstream_errors"
+GATEWAY_REJECTED: Final = "hearth_gateway_requests_rejected"
+GATEWAY_WORKER_UP: Final = "hearth_gateway_worker_up"
+GATEWAY_WORKER_RESTARTS: Final = "hearth_gateway_worker_restarts"
+GATEWAY_INFO: Final = "hearth_gateway_info"
+
+# OpenTelemetry, GenAI semantic conventions.
+SPAN_CHAT: Final = "chat"
+SPAN_TEXT_COMPLETION: Final = "text_completion"
+OTEL_OPERATION: Final = "gen_ai.operation.name"
+OTEL_PROVIDER: Final = "gen_ai.provider.name"
+OTEL_REQUEST_MODEL: Final = "gen_ai.request.model"
+OTEL_RESPONSE_MODEL: Final = "gen_ai.response.model"
+OTEL_RESPONSE_ID: Final = "gen_ai.response.id"
+OTEL_FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
+OTEL_INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
+OTEL_OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
+OTEL_SERVER_DURATION: Final = "gen_ai.server.request.duration"
+OTEL_SERVER_TTFT: Final = "gen_ai.server.time_to_first_token"
+OTEL_SERVER_TPOT: Final = "gen_ai.server.time_per_output_token"
+
+PREFIX: Final = "hearth_"
+OTEL_PREFIX: Final = "gen_ai."
+
+
+def metric_names() -> tuple[str, ...]:
+    """Every Prometheus metric name (families, without the ``_total`` of counters), sorted."""
+    return tuple(
+        sorted(
+            value
+            for key, value in globals().items()
+            if key.isupper() and isinstance(value, str) and value.startswith(PREFIX) and value != PREFIX
+        )
+    )
