@@ -1,0 +1,169 @@
+"""`hearth doctor`: what this machine has, what Hearth will use, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hearth.cli.output import error_console, print_json, print_table
+
+PACKAGES = ("hearth-lm", "torch", "transformers", "tokenizers", "peft", "numba", "sqlalchemy", "openai")
+OPTIONAL = {
+    "psycopg": ("a workspace on Postgres", "pip install 'hearth-lm[postgres]'"),
+    "zstandard": (".zst sources", "pip install 'hearth-lm[zstd]'"),
+}
+NEEDED_FREE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: ``status`` is ok, note or missing; ``fix`` says what to do about it."""
+
+    status: str
+    subject: str
+    detail: str
+    fix: str = ""
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
+@click.option("--quick", is_flag=True, help="Do not measure memory bandwidth and matrix rates.")
+def doctor(as_json: bool, quick: bool) -> None:
+    """Say what this machine has, what Hearth will use, and what is missing."""
+    with error_console().status("looking at this machine"):
+        report = examine(measure=not quick)
+    if as_json:
+        print_json(report)
+        return
+    for section in ("machine", "measured", "versions", "hearth will use"):
+        if report[section]:
+            print_table((section, ""), report[section].items())
+            click.echo()
+    rows = [(item["status"], item["subject"], item["detail"], item["fix"]) for item in report["findings"]]
+    print_table(("check", "what", "", "fix"), rows)
+
+
+def examine(*, measure: bool = True) -> dict[str, Any]:
+    """The whole report as plain data."""
+    from hearth.telemetry.hardware import find_hardware
+
+    hardware = find_hardware()
+    gpus = ", ".join(f"{gpu.name} ({gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in hardware.gpus)
+    home = Path(os.environ.get("HEARTH_HOME", ".hearth")).absolute()
+    free = shutil.disk_usage(_nearest_existing(home)).free
+    return {
+        "machine": {
+            "processor": hardware.cpu,
+            "cores for this process": hardware.num_cores,
+            "CPU features": " ".join(hardware.features) or "none that Hearth looks for",
+            "memory": f"{hardware.memory_bytes / 2**30:.1f} GiB",
+            "GPUs": gpus or "none",
+            "system": hardware.system,
+            "free disk for the workspace": f"{free / 2**30:.1f} GiB at {home}",
+        },
+        "measured": measure_rates() if measure else {},
+        "versions": {name: _version(name) for name in PACKAGES},
+        "hearth will use": choices(),
+        "findings": [asdict(finding) for finding in findings(free, home)],
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _nearest_existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def measure_rates() -> dict[str, str]:
+    """Memory reads and matrix products of this machine, each the best of a few short tries."""
+    import torch
+
+    rates = {}
+    block = torch.ones(64 << 20)  # 256 MiB: larger than any cache
+    seconds = _best_seconds(lambda: block.sum())
+    rates["memory reads"] = f"{block.nbytes / seconds / 1e9:.1f} GB/s"
+    for dtype in (torch.float32, torch.bfloat16):
+        size = 1024
+        left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+        seconds = _best_seconds(lambda left=left, right=right: left @ right)
+        name = str(dtype).removeprefix("torch.")
+        rates[f"{name} matrix products, CPU"] = f"{2 * size**3 / seconds / 1e9:.0f} GFLOP/s"
+    return rates
+
+
+def _best_seconds(work: Any, tries: int = 7) -> float:
+    work()
+    best = float("inf")
+    for _ in range(tries):
+        started = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def choices() -> dict[str, str]:
+    """What Hearth picks on this machine by itself, from the functions that do the picking."""
+    import torch
+
+    from hearth.engine.attention import choose_backend
+    from hearth.training.precision import choose_precision
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "device": device,
+        "training precision (auto)": choose_precision("auto", device),
+        "attention when serving": choose_backend(device),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def findings(free_bytes: int, home: Path) -> list[Finding]:
+    """The checks, each with its fix."""
+    import torch
+
+    result = []
+    if free_bytes < NEEDED_FREE_BYTES:
+        detail = f"{free_bytes / 2**30:.1f} GiB free at {home}"
+        result.append(
+            Finding("missing", "disk", detail, "free some space, or set HEARTH_HOME to another disk")
+        )
+    else:
+        result.append(Finding("ok", "disk", f"{free_bytes / 2**30:.0f} GiB free"))
+    writable = os.access(_nearest_existing(home), os.W_OK)
+    result.append(
+        Finding("ok", "workspace", f"{home} is writable")
+        if writable
+        else Finding(
+            "missing", "workspace", f"{home} is not writable", "set HEARTH_HOME to a folder of yours"
+        )
+    )
+    has_driver = shutil.which("nvidia-smi") is not None
+    if has_driver and not torch.cuda.is_available():
+        fix = "install a CUDA build of torch"
+        result.append(Finding("missing", "GPU", "a driver is here, but this torch cannot use it", fix))
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    result.append(
+        Finding("ok", "C++ compiler", compiler)
+        if compiler
+        else Finding("note", "C++ compiler", "none; only train.compile on a CPU needs one", "install g++")
+    )
+    for module, (purpose, fix) in OPTIONAL.items():
+        present = importlib.util.find_spec(module) is not None
+        detail = f"for {purpose}"
+        result.append(Finding("ok", module, detail) if present else Finding("note", module, detail, fix))
+    return result

@@ -1,0 +1,217 @@
+"""The parity gate: what was trained is what is served.
+
+Two questions, asked of a model directory through both paths:
+
+1. *Same input?* A prompt becomes token ids on the training side (the dataset's encoder, the chat renderer
+   that made the loss mask) and on the serving side (the engine's tokenizer and template).
+2. *Same output?* The engine continues the prompt greedily; the training-side model, run by transformers
+   without any of the engine's code, must give each of those tokens the highest probability, and must want
+   to stop where the engine stopped. That is the same as equality with its own greedy continuation, and it
+   needs one forward pass a prompt. Log-probabilities of the tokens are compared as well.
+
+Two tokens whose log-probabilities lie closer together than the tolerance are a tie that rounding decides;
+ties are counted and reported, not hidden.
+
+Shapes: T tokens of prompt and continuation, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from hearth.evaluation.prompts import ParityPrompt
+from hearth.version import __version__
+
+if TYPE_CHECKING:
+    from hearth.engine import Completion
+
+# Largest accepted difference of log-probabilities, in nats. float32 paths differ by the order of
+# summation only; bfloat16 keeps 8 bits of a logit, which is a few hundredths of a nat near the top.
+TOLERANCE_NATS = {"float32": 2e-3, "float16": 5e-2, "bfloat16": 2.5e-1}
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """What the gate found for one prompt."""
+
+    name: str
+    num_prompt_tokens: int
+    num_new_tokens: int
+    ids_equal: bool
+    num_ties: int
+    first_difference: int | None
+    expected_token: str | None
+    served_token: str | None
+    max_logprob_difference: float
+    note: str = ""
+
+    @property
+    def tokens_equal(self) -> bool:
+        return self.first_difference is None
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """The verdict and its evidence. ``passed`` is what the registry's gate reads."""
+
+    passed: bool
+    dtype: str
+    tolerance_nats: float
+    max_tokens: int
+    prompts: list[PromptResult]
+    engine: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    hearth_version: str = __version__
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def render(self) -> str:
+        """The report for a person, a line a prompt."""
+        lines = [
+            f"parity gate {'PASSED' if self.passed else 'FAILED'}: {len(self.prompts)} prompts, up to "
+            f"{self.max_tokens} greedy tokens each, {self.dtype}, tolerance {self.tolerance_nats:g} nats"
+        ]
+        for prompt in self.prompts:
+            lines.append(_render_prompt(prompt, self.tolerance_nats))
+        return "\n".join(lines)
+
+
+def _render_prompt(prompt: PromptResult, tolerance: float) -> str:
+    problems = []
+    if not prompt.ids_equal:
+        problems.append("prompt token ids differ")
+    if prompt.first_difference is not None:
+        problems.append(
+            f"token {prompt.first_difference} differs: training says {prompt.expected_token!r}, "
+            f"serving says {prompt.served_token!r}"
+        )
+    if prompt.max_logprob_difference > tolerance:
+        problems.append("log-probabilities differ")
+    verdict = "FAILED " + "; ".join(problems) if problems else "same"
+    ties = f", {prompt.num_ties} ties" if prompt.num_ties else ""
+    note = f" ({prompt.note})" if prompt.note else ""
+    return (
+        f"  {prompt.name:24} {prompt.num_prompt_tokens:5} + {prompt.num_new_tokens:3} tokens  {verdict}"
+        f"  [largest log-probability difference {prompt.max_logprob_difference:.1e}{ties}]{note}"
+    )
+
+
+class ServedEngine(Protocol):
+    """What the gate needs of an engine."""
+
+    def generate(self, prompts: Any, params: Any) -> Any: ...
+
+
+def compare(
+    model: torch.nn.Module,
+    engine: ServedEngine,
+    prompts: Sequence[ParityPrompt],
+    *,
+    dtype: str,
+    stop_ids: frozenset[int],
+    max_tokens: int = 32,
+    tolerance_nats: float | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> ParityReport:
+    """Run the gate for a training-side ``model`` and a serving ``engine`` of the same weights.
+
+    ``prompts`` carry the token ids of both sides. ``stop_ids`` are the ids that end a generation on the
+    training side. The engine runs all prompts in one batch, as it would when serving.
+    """
+    from hearth.engine import SamplingParams
+
+    started = time.monotonic()
+    tolerance = TOLERANCE_NATS[dtype] if tolerance_nats is None else tolerance_nats
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, logprobs=1)
+    completions = list(engine.generate([list(prompt.served_ids) for prompt in prompts], params))
+    results = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        results.append(_check(model, prompt, completion, stop_ids, tolerance))
+        if advance is not None:
+            advance(1)
+    passed = bool(results) and all(
+        result.ids_equal and result.tokens_equal and result.max_logprob_difference <= tolerance
+        for result in results
+    )
+    stats = getattr(engine, "describe", dict)()
+    return ParityReport(
+        passed, dtype, tolerance, max_tokens, results, engine=stats, seconds=time.monotonic() - started
+    )
+
+
+@torch.inference_mode()
+def _check(
+    model: torch.nn.Module,
+    prompt: ParityPrompt,
+    completion: Completion,
+    stop_ids: frozenset[int],
+    tolerance: float,
+) -> PromptResult:
+    device = next(model.parameters()).device
+    num_prompt = len(prompt.trained_ids)
+    served = list(completion.token_ids)
+    input_ids_T = torch.tensor([*prompt.trained_ids, *served], device=device)
+    logits_TV = model(input_ids=input_ids_T[None], use_cache=False).logits[0, num_prompt - 1 :].float()
+    logprobs_TV = torch.log_softmax(logits_TV, dim=-1)
+    served_logprobs = _chosen_logprobs(completion)
+    num_ties, worst, first_difference, expected = 0, 0.0, None, None
+    # An engine may or may not hand out the stop token itself; where it does not, the training side must
+    # want a stop token at the position after the last served token.
+    for position in range(len(served) + 1):
+        top = int(logprobs_TV[position].argmax())
+        if position < len(served):
+            accepted = {served[position]}
+            worst = max(
+                worst, abs(float(logprobs_TV[position, served[position]]) - served_logprobs[position])
+            )
+        elif completion.finish_reason == "stop" and (not served or served[-1] not in stop_ids):
+            accepted = set(stop_ids)
+        else:
+            break
+        if top in accepted:
+            continue
+        gap = float(logprobs_TV[position, top] - logprobs_TV[position, sorted(accepted)].max())
+        if gap <= tolerance:
+            num_ties += 1
+            continue
+        first_difference, expected = position, top
+        break
+    got = None
+    if first_difference is not None:
+        got = prompt.show(served[first_difference]) if first_difference < len(served) else "(stopped)"
+    return PromptResult(
+        name=prompt.name,
+        num_prompt_tokens=num_prompt,
+        num_new_tokens=len(served),
+        ids_equal=list(prompt.trained_ids) == list(prompt.served_ids),
+        num_ties=num_ties,
+        first_difference=first_difference,
+        expected_token=None if expected is None else prompt.show(expected),
+        served_token=got,
+        max_logprob_difference=worst,
+        note=prompt.note,
+    )
+
+
+def _chosen_logprobs(completion: Completion) -> list[float]:
+    assert completion.logprobs is not None, "the gate asks the engine for log-probabilities"
+    return [entry.logprob for entry in completion.logprobs]
+
+
+def gate_tolerance(dtype: str) -> float:
+    """The tolerance in nats that the gate applies to weights of ``dtype``."""
+    return TOLERANCE_NATS[dtype]
+
+
+def find_model_dtype(directory: Path) -> str:
+    """The name of the dtype that the weights in ``directory`` are stored in, as the gate records it."""
+    from hearth.models import model_info
+
+    return str(model_info(directory)["dtype"])
