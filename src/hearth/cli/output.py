@@ -5,12 +5,14 @@ Data goes to standard output; progress, notes and errors go to standard error.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 
@@ -38,3 +40,20 @@ def note(message: str) -> None:
 def error_console() -> Console:
     """The console on standard error, for progress bars."""
     return Console(stderr=True)
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, *, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A progress line on standard error; yields a function that is called with the number done since.
+
+    Where standard error is not a terminal, nothing is drawn: logs stay clean.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,} {task.fields[unit]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=error_console(), transient=True) as progress:
+        task = progress.add_task(title, total=total, unit=unit)
+        yield lambda count: progress.advance(task, count)

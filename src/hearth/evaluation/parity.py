@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,7 +28,7 @@ from hearth.evaluation.prompts import ParityPrompt
 from hearth.version import __version__
 
 if TYPE_CHECKING:
-    from hearth.engine import Completion
+    from hearth.engine import Completion, Engine
 
 # Largest accepted difference of log-probabilities, in nats. float32 paths differ by the order of
 # summation only; bfloat16 keeps 8 bits of a logit, which is a few hundredths of a nat near the top.
@@ -65,7 +64,6 @@ class ParityReport:
     tolerance_nats: float
     max_tokens: int
     prompts: list[PromptResult]
-    engine: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     hearth_version: str = __version__
 
@@ -103,34 +101,33 @@ def _render_prompt(prompt: PromptResult, tolerance: float) -> str:
     )
 
 
-class ServedEngine(Protocol):
-    """What the gate needs of an engine."""
+def continue_greedily(
+    engine: Engine, prompts: Sequence[ParityPrompt], *, max_tokens: int
+) -> list[Completion]:
+    """The serving side: greedy continuations of all prompts in one batch, with log-probabilities."""
+    from hearth.engine import SamplingParams
 
-    def generate(self, prompts: Any, params: Any) -> Any: ...
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, logprobs=1)
+    return list(engine.generate([list(prompt.served_ids) for prompt in prompts], params))
 
 
-def compare(
+def check_continuations(
     model: torch.nn.Module,
-    engine: ServedEngine,
     prompts: Sequence[ParityPrompt],
+    completions: Sequence[Completion],
     *,
     dtype: str,
     stop_ids: frozenset[int],
-    max_tokens: int = 32,
+    max_tokens: int,
     tolerance_nats: float | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> ParityReport:
-    """Run the gate for a training-side ``model`` and a serving ``engine`` of the same weights.
+    """The training side: force the engine's ``completions`` through ``model`` and judge them.
 
-    ``prompts`` carry the token ids of both sides. ``stop_ids`` are the ids that end a generation on the
-    training side. The engine runs all prompts in one batch, as it would when serving.
+    ``stop_ids`` are the ids that end a generation on the training side. ``advance`` is called with 1 a prompt.
     """
-    from hearth.engine import SamplingParams
-
     started = time.monotonic()
     tolerance = TOLERANCE_NATS[dtype] if tolerance_nats is None else tolerance_nats
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, logprobs=1)
-    completions = list(engine.generate([list(prompt.served_ids) for prompt in prompts], params))
     results = []
     for prompt, completion in zip(prompts, completions, strict=True):
         results.append(_check(model, prompt, completion, stop_ids, tolerance))
@@ -140,10 +137,7 @@ def compare(
         result.ids_equal and result.tokens_equal and result.max_logprob_difference <= tolerance
         for result in results
     )
-    stats = getattr(engine, "describe", dict)()
-    return ParityReport(
-        passed, dtype, tolerance, max_tokens, results, engine=stats, seconds=time.monotonic() - started
-    )
+    return ParityReport(passed, dtype, tolerance, max_tokens, results, seconds=time.monotonic() - started)
 
 
 @torch.inference_mode()
@@ -203,15 +197,3 @@ def _check(
 def _chosen_logprobs(completion: Completion) -> list[float]:
     assert completion.logprobs is not None, "the gate asks the engine for log-probabilities"
     return [entry.logprob for entry in completion.logprobs]
-
-
-def gate_tolerance(dtype: str) -> float:
-    """The tolerance in nats that the gate applies to weights of ``dtype``."""
-    return TOLERANCE_NATS[dtype]
-
-
-def find_model_dtype(directory: Path) -> str:
-    """The name of the dtype that the weights in ``directory`` are stored in, as the gate records it."""
-    from hearth.models import model_info
-
-    return str(model_info(directory)["dtype"])

@@ -1,0 +1,225 @@
+"""The parity gate and the evaluation of a model reference, with their reports kept in the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hearth.errors import DataError, NotFoundError
+from hearth.evaluation.baselines import order0_bits_per_byte, xz_bits_per_byte
+from hearth.evaluation.parity import ParityReport, check_continuations, continue_greedily
+from hearth.evaluation.prompts import make_prompts
+from hearth.evaluation.scoring import score_documents
+from hearth.workspace import Workspace
+
+if TYPE_CHECKING:
+    from hearth.data import Dataset
+    from hearth.workspace import ModelVersion
+
+Advance = Callable[[int], None]
+
+
+def find_version(reference: str | Path, workspace: Workspace) -> ModelVersion | None:
+    """The registered version behind ``reference``, or None where it is a directory or a hub name."""
+    text = str(reference)
+    if text.startswith("hf:") or Path(text).is_dir():
+        return None
+    try:
+        return workspace.registry.get(text)
+    except NotFoundError:
+        if "/" in text:
+            return None
+        raise
+
+
+def find_dataset(version: ModelVersion | None, workspace: Workspace) -> Dataset | None:
+    """The prepared dataset that ``version`` was trained on, or None where it is not (or no longer) here."""
+    from hearth.data import Dataset
+
+    if version is None or version.dataset_fingerprint is None:
+        return None
+    for manifest in sorted(workspace.root.glob("datasets/*/manifest.json")):
+        try:
+            dataset = Dataset.open(manifest.parent)
+        except DataError:
+            continue  # a damaged dataset is not the one we look for; `hearth data stats` tells about it
+        if dataset.fingerprint == version.dataset_fingerprint:
+            return dataset
+    return None
+
+
+def run_gate(
+    reference: str | Path,
+    *,
+    workspace: Workspace | None = None,
+    dtype: str = "auto",
+    num_prompts: int = 16,
+    max_tokens: int = 32,
+    advance: Advance | None = None,
+) -> ParityReport:
+    """Run the parity gate on a model reference; the report of a registered version is kept with it.
+
+    ``dtype`` is the precision of serving; ``auto`` is the one in which the weights are stored. The engine
+    is closed before the training-side model is opened, so that both need not fit into memory together.
+    """
+    from hearth.data.tokenizer import DataTokenizer
+    from hearth.engine import Engine
+    from hearth.models import load_model, model_info, resolve_reference, stop_token_ids
+
+    if workspace is None:
+        with Workspace.open() as opened:
+            return run_gate(
+                reference,
+                workspace=opened,
+                dtype=dtype,
+                num_prompts=num_prompts,
+                max_tokens=max_tokens,
+                advance=advance,
+            )
+    directory = resolve_reference(reference, workspace)
+    version = find_version(reference, workspace)
+    dtype = model_info(directory).dtype if dtype == "auto" else dtype
+    documents = _held_out_texts(find_dataset(version, workspace), num_prompts)
+    with Engine.load(directory, dtype=dtype) as engine:
+        prompts = make_prompts(
+            DataTokenizer.open(directory),
+            engine.tokenizer,
+            documents=documents,
+            num_prompts=num_prompts,
+            max_prompt_tokens=max(1, engine.max_model_len - max_tokens),
+            vocab_size=engine.vocab_size,
+        )
+        completions = continue_greedily(engine, prompts, max_tokens=max_tokens)
+    model = load_model(directory, dtype=dtype)
+    report = check_continuations(
+        model,
+        prompts,
+        completions,
+        dtype=dtype,
+        stop_ids=frozenset(stop_token_ids(directory)),
+        max_tokens=max_tokens,
+        advance=advance,
+    )
+    if version is not None:
+        workspace.registry.attach_report(version.ref, "parity", report.to_dict())
+    return report
+
+
+def _held_out_texts(dataset: Dataset | None, num_documents: int) -> list[str]:
+    if dataset is None:
+        return []
+    split = dataset.split("validation")
+    if split.is_chat:
+        return []
+    # Spread over the split, so that the prompts come from different sources and lengths.
+    indices = np.linspace(0, split.num_documents - 1, num=min(num_documents, split.num_documents))
+    return [split.text(int(index)) for index in indices]
+
+
+def evaluate_model(
+    reference: str | Path,
+    *,
+    workspace: Workspace | None = None,
+    dataset: str | Path | None = None,
+    split: str = "validation",
+    texts: Sequence[Path] = (),
+    max_documents: int | None = None,
+    dtype: str = "auto",
+    advance: Advance | None = None,
+) -> dict[str, Any]:
+    """Score a model on text files, on a dataset, or on the dataset that it was trained on.
+
+    Returns loss, perplexity and, for text, bits per byte beside the baselines on the same bytes. The report
+    of a registered version is kept with it. Raises DataError when there is nothing to evaluate on.
+    """
+    from hearth.data import Dataset
+    from hearth.models import load_model, model_info, resolve_reference
+
+    if workspace is None:
+        with Workspace.open() as opened:
+            return evaluate_model(
+                reference,
+                workspace=opened,
+                dataset=dataset,
+                split=split,
+                texts=texts,
+                max_documents=max_documents,
+                dtype=dtype,
+                advance=advance,
+            )
+    directory = resolve_reference(reference, workspace)
+    version = find_version(reference, workspace)
+    if texts:
+        documents, data, source = _encode_files(directory, texts[:max_documents])
+    else:
+        opened_dataset = Dataset.open(Path(dataset)) if dataset else find_dataset(version, workspace)
+        if opened_dataset is None:
+            raise DataError(
+                f"there is nothing to evaluate {reference} on: no dataset is known for it",
+                fix="give --text FILE or --dataset DIRECTORY",
+            )
+        documents, data = _read_split(opened_dataset, split, max_documents)
+        source = f"{opened_dataset.path.name}/{split}"
+    model = load_model(directory, dtype=dtype)
+    score = score_documents(
+        model,
+        documents,
+        num_bytes=len(data),
+        context_length=model_info(directory).context_length,
+        advance=advance,
+    )
+    report = {"model": version.ref if version else str(reference), "data": source} | score.to_dict()
+    if data:
+        report |= {
+            "xz_bits_per_byte": xz_bits_per_byte(data),
+            "order0_bits_per_byte": order0_bits_per_byte(data),
+        }
+    if version is not None:
+        workspace.registry.attach_report(version.ref, "evaluation", report)
+    return report
+
+
+Documents = list[tuple[np.ndarray, np.ndarray | None]]
+
+
+def _read_split(dataset: Dataset, name: str, max_documents: int | None) -> tuple[Documents, bytes]:
+    """Documents of a split, and their text as bytes (empty for chat data, whose masks leave bytes out)."""
+    split = dataset.split(name)
+    indices = range(min(split.num_documents, max_documents or split.num_documents))
+    documents = [(split.tokens(index), split.loss_mask(index)) for index in indices]
+    data = b"" if split.is_chat else "".join(split.text(index) for index in indices).encode()
+    return documents, data
+
+
+def _encode_files(directory: Path, paths: Sequence[Path]) -> tuple[Documents, bytes, str]:
+    from hearth.data.tokenizer import DataTokenizer
+
+    tokenizer = DataTokenizer.open(directory)
+    documents: Documents = []
+    for text in read_texts(paths):
+        ids = tokenizer.encode_prompt(text)
+        if tokenizer.eos_id is not None:
+            ids = [*ids, tokenizer.eos_id]
+        documents.append((np.asarray(ids), None))
+    data = b"".join(path.read_bytes() for path in paths)
+    return documents, data, ", ".join(path.name for path in paths)
+
+
+def read_texts(paths: Sequence[Path]) -> Iterator[str]:
+    """The text of each file. Raises DataError for a missing or empty file and for invalid UTF-8."""
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file", fix="give a text file")
+        raw = path.read_bytes()
+        if not raw:
+            raise DataError(f"{path}: the file is empty", fix="give a text file with content")
+        try:
+            yield raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}: not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x})",
+                fix="convert the file to UTF-8",
+            ) from error
