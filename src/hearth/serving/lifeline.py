@@ -1,0 +1,49 @@
+"""Children never outlive their parent, whatever kills it.
+
+A supervised process leads a process group of its own, so that Ctrl-C in a terminal reaches the parent only,
+which then drains. Its standard input is a pipe that the parent holds open and never writes to: end of file
+means that the parent is gone, even by SIGKILL, and the whole group is killed, engine processes included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+
+def die_with_parent(before: Callable[[], None] | None = None) -> None:
+    """Watch standard input from a thread; at its end call ``before`` and kill this process group."""
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 1024):
+                pass
+        if before is not None:
+            before()
+        kill_group(os.getpgrp() if os.getpgrp() == os.getpid() else None)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def kill_group(group: int | None) -> None:
+    """SIGKILL to every process of ``group``; ``None`` ends only this process."""
+    if group is None:
+        os._exit(1)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def event_channel() -> int:
+    """Keep standard output for events to the parent, and send whatever else is printed to standard error.
+
+    Returns a descriptor that children do not inherit, so a stray print of a library, or an engine process
+    that outlives us for a moment, cannot write into the channel or hold it open.
+    """
+    sys.stdout.flush()
+    channel = os.dup(1)
+    os.dup2(2, 1)
+    return channel

@@ -1,0 +1,217 @@
+"""The worker's HTTP server around an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from hearth.engine import EngineStats
+from hearth.errors import EngineDeadError
+from hearth.serving.http import (
+    ClientGone,
+    Envelope,
+    HttpError,
+    handle_http_error,
+    json_response,
+    race,
+    read_json_body,
+    send_error,
+    to_http_error,
+)
+from hearth.serving.worker.generation import Generates, Generation
+from hearth.serving.worker.jobs import Job, JobMaker, ServedModel
+from hearth.serving.worker.tokens import TokenTable
+from hearth.telemetry import logs
+from hearth.telemetry.metrics import CONTENT_TYPE, EngineMetrics, EngineSnapshot
+
+log = logs.get_logger("worker")
+STATS_TIMEOUT = 2.0  # seconds; a scrape must not wait for a busy engine
+
+
+class WorkerEngine(Generates, Protocol):
+    """What the worker uses of AsyncEngine."""
+
+    tokenizer: Any
+    max_model_len: int
+
+    @property
+    def model_info(self) -> dict[str, Any]: ...  # noqa: D102
+    @property
+    def is_alive(self) -> bool: ...  # noqa: D102
+    @property
+    def heartbeat_age(self) -> float: ...  # noqa: D102
+    async def stats(self) -> EngineStats: ...  # noqa: D102
+
+
+class WorkerApp:
+    """State and endpoints of one worker. ``asgi`` is the application."""
+
+    def __init__(
+        self, engine: WorkerEngine, model: ServedModel, *, max_body_bytes: int, engine_hang_seconds: float
+    ) -> None:
+        self.engine = engine
+        self.model = model
+        self.metrics = EngineMetrics(model.name, model.version)
+        self._jobs = JobMaker(model, engine.tokenizer)
+        self._tokens = TokenTable(engine.tokenizer)
+        self._max_body_bytes = max_body_bytes
+        self._engine_hang_seconds = engine_hang_seconds
+        self._started = time.time()
+        self._last_stats: EngineStats | None = None
+        make = self._jobs
+        routes = [
+            Route("/v1/completions", self._generation(make.completion), methods=["POST"]),
+            Route("/v1/chat/completions", self._generation(make.chat), methods=["POST"]),
+            Route("/generate", self._generation(make.generate), methods=["POST"]),
+            Route("/chat", self._generation(make.plain_chat), methods=["POST"]),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._one_model),
+            Route("/stats", self._stats),
+            Route("/health", self._health),
+            Route("/livez", self._livez),
+            Route("/readyz", self._health),
+            Route("/metrics", self._metrics),
+        ]
+        handlers = {HTTPException: handle_http_error, HttpError: handle_http_error}
+        self.asgi: ASGIApp = Envelope(Starlette(routes=routes, exception_handlers=handlers), self._on_done)
+
+    def _generation(self, make: Callable[[bytes], Awaitable[Job]]) -> ASGIApp:
+        return _GenerationEndpoint(self, make)
+
+    async def answer(
+        self, make: Callable[[bytes], Awaitable[Job]], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Serve one generation request from body to last byte."""
+        scope["state"]["model_version"] = self.model.version
+        started = False
+
+        async def watched_send(message: Any) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            body = await read_json_body(scope, receive, self._max_body_bytes)
+            job = await make(body)
+            generation = Generation(self.engine, job, self._tokens, self.metrics)
+            scope["state"]["generation"] = generation
+            await race(generation.respond(watched_send), receive)
+        except ClientGone:
+            scope["state"]["client_gone"] = True
+        except Exception as error:
+            if started:
+                raise
+            mapped = to_http_error(error)
+            if mapped.status >= 500 and not isinstance(error, EngineDeadError):
+                log.exception("request failed", extra=logs.fields(route=scope["path"]))
+            await send_error(send, mapped)
+
+    def health(self) -> dict[str, Any]:
+        """``status`` is ``ok``, ``engine_dead`` or ``engine_stuck``."""
+        age = self.engine.heartbeat_age
+        if not self.engine.is_alive:
+            status = "engine_dead"
+        else:
+            status = "engine_stuck" if age > self._engine_hang_seconds else "ok"
+        return {"status": status, "model": self.model.version, "heartbeat_age_seconds": round(age, 3)}
+
+    async def _engine_stats(self) -> EngineStats | None:
+        """Fresh numbers, or the last ones from an engine that is busy or gone."""
+        try:
+            self._last_stats = await asyncio.wait_for(self.engine.stats(), STATS_TIMEOUT)
+        except (TimeoutError, EngineDeadError):
+            pass
+        return self._last_stats
+
+    async def _stats(self, _: Request) -> Response:
+        stats = await self._engine_stats()
+        return json_response(
+            {
+                **self.health(),
+                "pid": os.getpid(),
+                "uptime_seconds": round(time.time() - self._started, 3),
+                "engine": None if stats is None else msgspec.to_builtins(stats),
+                "model_info": self.engine.model_info,
+            }
+        )
+
+    async def _health(self, _: Request) -> Response:
+        health = self.health()
+        return json_response(health, 200 if health["status"] == "ok" else 503)
+
+    async def _livez(self, _: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def _metrics(self, _: Request) -> Response:
+        stats = await self._engine_stats()
+        if stats is not None:
+            self.metrics.update(
+                EngineSnapshot(
+                    num_running=stats.num_running,
+                    num_waiting=stats.num_waiting,
+                    kv_usage=stats.kv_cache_usage,
+                    num_preemptions=stats.num_preemptions,
+                    heartbeat_age=self.engine.heartbeat_age,
+                )
+            )
+        return Response(self.metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+    def describe(self) -> dict[str, Any]:
+        """The entry of ``/v1/models``."""
+        return {
+            "id": self.model.name,
+            "object": "model",
+            "created": int(self._started),
+            "owned_by": "hearth",
+            "root": self.model.version,
+            "max_model_len": self.model.max_model_len,
+        }
+
+    async def _models(self, _: Request) -> Response:
+        return json_response({"object": "list", "data": [self.describe()]})
+
+    async def _one_model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self.model.names:
+            raise HttpError(
+                404, f"the model {name!r} is not served here", param="model", code="model_not_found"
+            )
+        return json_response(self.describe())
+
+    def _on_done(self, scope: Scope, status: int, seconds: float) -> None:
+        generation: Generation | None = scope["state"].get("generation")
+        if generation is None and status < 400:
+            return  # probes and scrapes are not worth a line
+        usage = generation.usage() if generation is not None else None
+        log.info(
+            "answered",
+            extra=logs.fields(
+                route=scope["path"],
+                status=status,
+                seconds=round(seconds, 4),
+                **({k: v for k, v in asdict(usage).items() if v} if usage else {}),
+            ),
+        )
+
+
+class _GenerationEndpoint:
+    """A route that wants the raw ASGI call; Starlette wraps functions, so this is a class."""
+
+    def __init__(self, app: WorkerApp, make: Callable[[bytes], Awaitable[Job]]) -> None:
+        self._app = app
+        self._make = make
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app.answer(self._make, scope, receive, send)
