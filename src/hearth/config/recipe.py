@@ -21,7 +21,14 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused, defaults validated."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+def _section(cls: type[Section], description: str, *, alias: str | None = None) -> Any:
+    """A field whose default is the section with all its defaults."""
+    return Field(default_factory=cls, description=description, alias=alias)
 
 
 class AdapterSection(Section):
@@ -111,7 +118,7 @@ class DataSection(Section):
 
     dataset: str | None = Field(None, description="A prepared dataset directory; instead of sources.")
     sources: tuple[SourceSection, ...] = Field((), description="Where the documents come from.")
-    filters: FilterSection = Field(default_factory=FilterSection, description="Quality filters.")
+    filters: FilterSection = _section(FilterSection, "Quality filters.")
     deduplicate: Literal["exact", "none"] = Field("exact", description="Drop repeated documents.")
     on_bad_file: Literal["skip", "fail"] = Field(
         "skip", description="A binary file or invalid UTF-8 among texts: skip it and count it, or stop."
@@ -224,21 +231,17 @@ class RegisterSection(Section):
 class Recipe(Section):
     """A whole job. ``Recipe.load`` reads it from a file with its layers; see ``hearth.config.loading``."""
 
-    model: ModelSection = Field(default_factory=ModelSection, description="Where the weights start.")
-    tokenizer: TokenizerSection = Field(default_factory=TokenizerSection, description="The tokenizer.")
-    data: DataSection = Field(default_factory=DataSection, description="The data.")
-    train: TrainSection = Field(default_factory=TrainSection, description="Objective and optimisation.")
-    parallel: ParallelSection = Field(default_factory=ParallelSection, description="Processes and devices.")
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="Checkpoints.")
-    track: TrackSection = Field(default_factory=TrackSection, description="Tracking.")
-    evaluate: EvaluateSection = Field(default_factory=EvaluateSection, description="Evaluation.")
-    register_: RegisterSection = Field(
-        default_factory=RegisterSection, alias="register", description="Registration."
-    )
+    model: ModelSection = _section(ModelSection, "Where the weights start.")
+    tokenizer: TokenizerSection = _section(TokenizerSection, "The tokenizer.")
+    data: DataSection = _section(DataSection, "The data.")
+    train: TrainSection = _section(TrainSection, "Objective and optimisation.")
+    parallel: ParallelSection = _section(ParallelSection, "Processes and devices.")
+    checkpoint: CheckpointSection = _section(CheckpointSection, "Checkpoints.")
+    track: TrackSection = _section(TrackSection, "Tracking.")
+    evaluate: EvaluateSection = _section(EvaluateSection, "Evaluation.")
+    register_: RegisterSection = _section(RegisterSection, "Registration.", alias="register")
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), populate_by_name=True
-    )
+    model_config = ConfigDict(populate_by_name=True)
 
     @classmethod
     def load(cls, path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:

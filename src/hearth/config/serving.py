@@ -1,0 +1,69 @@
+"""Settings of `hearth serve`, loaded in the same layers as a recipe; see ``load_settings``."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from hearth.config.recipe import NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class ServedModel(Section):
+    """One model of a server, and how its engine runs. What is not given, the engine decides."""
+
+    model: str = Field(description="name, name@3, name@production, a directory or hf:org/name.")
+    name: str | None = Field(None, description="Its name in the API; default: that of the reference.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the weights; auto takes that of the model."
+    )
+    max_model_len: PositiveInt | None = Field(None, description="Longest prompt and answer, in tokens.")
+    max_num_seqs: PositiveInt | None = Field(None, description="Requests that are computed at once.")
+    max_num_batched_tokens: PositiveInt | None = Field(None, description="Tokens in one engine step.")
+    kv_cache_memory: PositiveInt | None = Field(None, description="Bytes for the key-value cache.")
+
+
+class ServeConfig(Section):
+    """A whole server. Environment variables: ``HEARTH_SERVE__PORT`` and so on."""
+
+    environment_section: ClassVar[str] = "serve"
+
+    models: tuple[ServedModel, ...] = Field((), description="The models to serve.")
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 means all of them.")
+    port: Port = Field(8000, description="Port to listen on; 0 takes a free one.")
+    require_api_keys: bool = Field(
+        False, description="Refuse requests without a valid key of the workspace (`hearth keys create`)."
+    )
+    api_keys: tuple[str, ...] = Field(
+        (), description="Further keys that are accepted; giving any turns require_api_keys on."
+    )
+    max_queue: NonNegativeInt = Field(
+        256, description="Requests that may wait for an engine; more are answered 429. 0: no waiting."
+    )
+    max_body_bytes: PositiveInt = Field(16 << 20, description="Largest request body; more is answered 413.")
+    request_timeout: PositiveFloat = Field(600.0, description="Seconds until a request is given up.")
+    startup_timeout: PositiveFloat = Field(600.0, description="Seconds a worker may take to load its model.")
+    drain_timeout: PositiveFloat = Field(
+        30.0, description="Seconds that running requests get to finish when the server stops."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="What is logged, as JSON lines on standard error."
+    )
+    cors_origins: tuple[str, ...] = Field((), description="Origins that browsers may call from.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [served.name or served.model for served in self.models]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two models are called {twice[0]!r}; give one of them another name")
+        if any(not key.strip() for key in self.api_keys):
+            raise ValueError("api_keys holds an empty key")
+        return self
+
+    @property
+    def authenticated(self) -> bool:
+        """Whether a request needs a key."""
+        return self.require_api_keys or bool(self.api_keys)
