@@ -14,6 +14,7 @@ from typing import Any
 from hearth.config import Recipe
 
 MODEL_NAME = "stdlib-assistant"
+BASE_NAME = "stdlib-base"
 DEFAULT_MINUTES = 3.5
 # Where the training minutes go: reading the library, then learning to answer.
 PRETRAIN_SHARE = 0.7

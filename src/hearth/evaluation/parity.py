@@ -124,7 +124,7 @@ def check_continuations(
 ) -> ParityReport:
     """The training side: force the engine's ``completions`` through ``model`` and judge them.
 
-    ``stop_ids`` are the ids that end a generation on the training side. ``advance`` is called with 1 a prompt.
+    ``stop_ids`` end a generation on the training side. ``advance`` is called with 1 a prompt.
     """
     started = time.monotonic()
     tolerance = TOLERANCE_NATS[dtype] if tolerance_nats is None else tolerance_nats
