@@ -1,0 +1,548 @@
+"""From a recipe to a dataset directory.
+
+    resolve   find the files, hash them: the fingerprint; an equal dataset is returned as it is
+    scan      decode, filter, hash every document; then duplicates and the split are decided
+    tokenizer train a byte-level BPE on the train split, or take the one given
+    tokenize  encode every kept document into shards
+    manifest  written last, then the directory is renamed into place
+
+Documents are read from the sources in each pass instead of being kept, so memory grows by some 40 bytes a
+document and not with the text.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hearth.config.recipe import Recipe
+from hearth.data.chat import AuditReport, check_template
+from hearth.data.dataset import TOKENIZER_DIRECTORY, Dataset
+from hearth.data.files import sha256_file
+from hearth.data.filters import DUPLICATE, KEPT, REASONS, first_occurrences, held_out
+from hearth.data.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Count,
+    FileRecord,
+    Manifest,
+    SourceRecord,
+    SplitRecord,
+    TokenizerRecord,
+)
+from hearth.data.parse import ParseOptions
+from hearth.data.process import DROP, ProcessOptions, ScanResult, TokenResult
+from hearth.data.progress import NullProgress, Progress
+from hearth.data.shards import HashedFile, SplitWriter, storage_errors
+from hearth.data.sources import Source, read_batches, resolve_sources
+from hearth.data.tokenizer import (
+    SPECIAL_TOKENS,
+    TOKENIZER_FILES,
+    DataTokenizer,
+    tokenizers_version,
+    train_bpe,
+)
+from hearth.data.workers import WorkerPool, num_cores
+from hearth.errors import DataError, IntegrityError
+from hearth.version import __version__
+
+SPLITS = ("train", "validation")
+SMALL_INPUT_BYTES = 4 << 20  # below it, starting processes takes longer than the work
+MAX_BAD_EXAMPLES = 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with its sources and tokenizer resolved; ``fingerprint`` names the dataset it makes."""
+
+    recipe: Recipe
+    sources: tuple[Source, ...]
+    tokenizer: DataTokenizer | None  # None: one is trained
+    inputs: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the canonical JSON of ``inputs``."""
+        return sha256(json.dumps(self.inputs, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def kind(self) -> Literal["text", "chat"]:
+        """chat when any source holds conversations."""
+        return "chat" if any(source.is_chat for source in self.sources) else "text"
+
+
+class _StageClock:
+    """Passes progress on and keeps the bytes and seconds of every stage."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._stage, self._began, self._num_bytes = "", 0.0, 0
+        self.timings: dict[str, tuple[int, float]] = {}
+
+    def start(self, stage: str, total: int | None = None) -> None:
+        self._stage, self._began, self._num_bytes = stage, time.perf_counter(), 0
+        self._progress.start(stage, total)
+
+    def advance(self, num_units: int = 1) -> None:
+        self._num_bytes += num_units
+        self._progress.advance(num_units)
+
+    def finish(self) -> None:
+        self.timings[self._stage] = (self._num_bytes, time.perf_counter() - self._began)
+        self._progress.finish()
+
+
+def prepare_dataset(
+    recipe: Recipe,
+    out_dir: Path | str,
+    *,
+    tokenizer_dir: Path | str | None = None,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Make the dataset that ``recipe`` describes in ``out_dir``, or return the one there when it is that.
+
+    ``tokenizer_dir`` names the tokenizer to use; without it, ``tokenizer.base`` or ``model.base`` is used
+    where it is a directory, and else a byte-level BPE is trained. ``dataset.reused`` tells whether anything
+    was done. With ``data.dataset`` the named directory is opened. Raises DataError for what is wrong with
+    the input, StorageError when the disk fails; then nothing half-written is left.
+    """
+    if recipe.data.dataset is not None:
+        return _opened(Path(recipe.data.dataset))
+    clock = _StageClock(progress or NullProgress())
+    job = plan_job(recipe, tokenizer_dir=tokenizer_dir, progress=clock)
+    return _prepare(job, Path(out_dir), clock)
+
+
+def prepare_in_folder(
+    recipe: Recipe,
+    folder: Path | str,
+    *,
+    tokenizer_dir: Path | str | None = None,
+    progress: Progress | None = None,
+) -> Dataset:
+    """``prepare_dataset`` in a directory of ``folder`` named by the first 16 digits of the fingerprint."""
+    if recipe.data.dataset is not None:
+        return _opened(Path(recipe.data.dataset))
+    clock = _StageClock(progress or NullProgress())
+    job = plan_job(recipe, tokenizer_dir=tokenizer_dir, progress=clock)
+    return _prepare(job, Path(folder) / job.fingerprint[:16], clock)
+
+
+def _opened(path: Path) -> Dataset:
+    dataset = Dataset.open(path)
+    dataset.reused = True
+    return dataset
+
+
+def plan_job(
+    recipe: Recipe, *, tokenizer_dir: Path | str | None = None, progress: Progress | None = None
+) -> Job:
+    """Resolve and hash the inputs of a recipe; reads every source once, writes nothing."""
+    sources = tuple(resolve_sources(recipe.data.sources, progress or NullProgress()))
+    tokenizer = _given_tokenizer(recipe, tokenizer_dir)
+    data = recipe.data
+    if tokenizer is None:
+        tokenizer_inputs: dict[str, Any] = {
+            "vocab_size": recipe.tokenizer.vocab_size,
+            "sample_mb": recipe.tokenizer.sample_mb,
+            "tokenizers": tokenizers_version(),
+            "model_max_length": recipe.model.context_length,
+        }
+    else:
+        tokenizer_inputs = {"sha256": tokenizer.content_hash()}
+    inputs = {
+        "format": FORMAT_VERSION,
+        "sources": [source.fingerprint() for source in sources],
+        "filters": data.filters.model_dump(mode="json"),
+        "deduplicate": data.deduplicate,
+        "on_bad_file": data.on_bad_file,
+        "validation_fraction": data.validation_fraction,
+        "seed": data.seed,
+        "tokenizer": tokenizer_inputs,
+    }
+    return Job(recipe, sources, tokenizer, inputs)
+
+
+def _given_tokenizer(recipe: Recipe, tokenizer_dir: Path | str | None) -> DataTokenizer | None:
+    if tokenizer_dir is None:
+        base = recipe.tokenizer.base or recipe.model.base
+        if base is None:
+            return None
+        if not Path(base).expanduser().is_dir():
+            key = "tokenizer.base" if recipe.tokenizer.base else "model.base"
+            raise DataError(
+                f"{key} is {base!r}, which is not a directory",
+                fix="name a directory with tokenizer files, or resolve the reference and pass tokenizer_dir",
+            )
+        tokenizer_dir = Path(base).expanduser()
+    tokenizer = DataTokenizer.open(tokenizer_dir)
+    if tokenizer.eos_id is None:
+        raise DataError(
+            f"the tokenizer in {tokenizer_dir} has no eos token, so documents could not be told apart",
+            fix="set eos_token in its tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def _prepare(job: Job, out_dir: Path, clock: _StageClock) -> Dataset:
+    existing = _reusable(out_dir, job.fingerprint)
+    if existing is not None:
+        return existing
+    if job.tokenizer is not None and job.kind == "chat":
+        check_template(job.tokenizer)
+    staging = out_dir.parent / f".{out_dir.name}.{os.getpid()}.tmp"
+    with storage_errors(out_dir):
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out_dir)
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            staging.mkdir()
+            _build(job, staging, clock)
+            _move_into_place(staging, out_dir, job.fingerprint)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    dataset = Dataset.open(out_dir)
+    dataset.timings = clock.timings
+    return dataset
+
+
+def _reusable(out_dir: Path, fingerprint: str) -> Dataset | None:
+    """The dataset in ``out_dir`` when it is whole and has this fingerprint."""
+    if not out_dir.exists():
+        return None
+    if not out_dir.is_dir() or (
+        any(out_dir.iterdir()) and not (out_dir / MANIFEST).exists() and not (out_dir / "train").is_dir()
+    ):
+        raise DataError(
+            f"{out_dir} exists and is not a dataset; it is left as it is", fix="choose another directory"
+        )
+    try:
+        dataset = Dataset.open(out_dir)
+    except (DataError, IntegrityError):
+        return None  # damaged: made again
+    if dataset.fingerprint != fingerprint:
+        return None
+    dataset.reused = True
+    return dataset
+
+
+def _remove_abandoned(out_dir: Path) -> None:
+    """Remove what a killed process left behind."""
+    for path in out_dir.parent.glob(f".{out_dir.name}.*.tmp"):
+        pid = path.name.removesuffix(".tmp").rpartition(".")[2]
+        if pid.isdigit() and int(pid) != os.getpid() and not _is_alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _move_into_place(staging: Path, out_dir: Path, fingerprint: str) -> None:
+    if out_dir.exists():
+        old = out_dir.parent / f".{out_dir.name}.old.{os.getpid()}.tmp"
+        out_dir.rename(old)
+        staging.rename(out_dir)
+        shutil.rmtree(old, ignore_errors=True)
+        return
+    try:
+        staging.rename(out_dir)
+    except OSError as error:
+        # Another process made the same dataset in the meantime; its copy is as good.
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST} or _reusable(out_dir, fingerprint) is None:
+            raise
+
+
+def _build(job: Job, staging: Path, clock: _StageClock) -> None:
+    control = SPECIAL_TOKENS if job.tokenizer is None else tuple(sorted(job.tokenizer.special_ids))
+    options = ProcessOptions(
+        sources=tuple(
+            ParseOptions(
+                section.path,
+                section.text_field,
+                section.messages_field,
+                section.prompt_field,
+                section.response_field,
+            )
+            for section in job.recipe.data.sources
+        ),
+        filters=job.recipe.data.filters,
+        fail_on_bad_file=job.recipe.data.on_bad_file == "fail",
+        seed=job.recipe.data.seed,
+        control_tokens=control,
+    )
+    with WorkerPool(_num_workers(job), options) as pool:
+        corpus = _scan(job, pool, clock)
+        tokenizer, trained_on = job.tokenizer, 0
+        directory = staging / TOKENIZER_DIRECTORY
+        if tokenizer is None:
+            tokenizer, trained_on = _train_tokenizer(job, pool, corpus, clock)
+        _save_tokenizer(tokenizer, directory, job)
+        pool.broadcast("load_tokenizer", str(directory))
+        _tokenize(job, pool, corpus, DataTokenizer.open(directory), trained_on, staging, clock)
+
+
+def _num_workers(job: Job) -> int:
+    if job.recipe.data.num_workers:
+        return job.recipe.data.num_workers
+    return 1 if sum(source.num_bytes for source in job.sources) < SMALL_INPUT_BYTES else num_cores()
+
+
+@dataclass
+class _Corpus:
+    """The decision on every document, in the order of reading."""
+
+    decisions: npt.NDArray[np.uint8]  # index into SPLITS, or DROP
+    num_bytes: npt.NDArray[np.int64]
+    split_hashes: npt.NDArray[np.uint64]
+    batch_starts: npt.NDArray[np.int64]  # documents of batch b: batch_starts[b]:batch_starts[b + 1]
+    records: list[SourceRecord]
+    split_fallback: bool
+
+    def batches(self) -> Iterator[slice]:
+        """The documents of each batch."""
+        for start, stop in zip(self.batch_starts[:-1], self.batch_starts[1:], strict=True):
+            yield slice(int(start), int(stop))
+
+
+def _scan(job: Job, pool: WorkerPool, clock: _StageClock) -> _Corpus:
+    results: list[ScanResult] = []
+    sizes: list[int] = []
+    records = [
+        SourceRecord(
+            path=source.section.path,
+            format=source.format,
+            license=source.license,
+            files=len(source.files),
+            sha256=source.sha256,
+        )
+        for source in job.sources
+    ]
+    clock.start("filter")
+    for result in pool.map("scan", _sized(read_batches(job.sources), sizes)):
+        results.append(result)
+        clock.advance(sizes[len(results) - 1])
+        for source, reason, message in result.bad:
+            records[source].bad[reason] = records[source].bad.get(reason, 0) + 1
+            if len(records[source].bad_examples) < MAX_BAD_EXAMPLES:
+                records[source].bad_examples.append(message)
+    reasons = _concatenate([result.reasons for result in results], np.uint8)
+    if job.recipe.data.deduplicate == "exact":
+        kept = np.flatnonzero(reasons == KEPT)
+        keys = np.concatenate([np.zeros((0, 16), np.uint8), *(result.keys for result in results)])[kept]
+        reasons[kept[~first_occurrences(keys)]] = DUPLICATE
+    corpus = _decide(job, results, reasons, records)
+    clock.finish()
+    return corpus
+
+
+def _sized(batches: Iterator[Any], sizes: list[int]) -> Iterator[tuple[Any]]:
+    for batch in batches:
+        sizes.append(sum(len(raw.data) for raw in batch))
+        yield (batch,)
+
+
+def _concatenate(parts: list[npt.NDArray[Any]], dtype: type[np.generic]) -> npt.NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype=dtype), *parts]).astype(dtype)
+
+
+def _decide(
+    job: Job, results: list[ScanResult], reasons: npt.NDArray[np.uint8], records: list[SourceRecord]
+) -> _Corpus:
+    sources = _concatenate([result.sources for result in results], np.int32)
+    num_bytes = _concatenate([result.num_bytes for result in results], np.int64)
+    hashes = _concatenate([result.split_hashes for result in results], np.uint64)
+    kept = np.flatnonzero(reasons == KEPT)
+    decisions = np.full(len(reasons), DROP, dtype=np.uint8)
+    validation, fallback = held_out(hashes[kept], job.recipe.data.validation_fraction)
+    decisions[kept] = validation
+    for index, record in enumerate(records):
+        mine = sources == index
+        record.read.add(int(mine.sum()), int(num_bytes[mine].sum()))
+        for code in np.unique(reasons[mine]):
+            if code != KEPT:
+                chosen = mine & (reasons == code)
+                record.removed[REASONS[code]] = Count(
+                    documents=int(chosen.sum()), bytes=int(num_bytes[chosen].sum())
+                )
+        for split, name in enumerate(SPLITS):
+            chosen = mine & (decisions == split)
+            record.kept[name] = Count(documents=int(chosen.sum()), bytes=int(num_bytes[chosen].sum()))
+    if not len(kept):
+        _raise_empty(records)
+    if validation.all():
+        _raise_unsplittable(job, len(np.unique(hashes[kept])), len(kept))
+    starts = np.cumsum([0, *(len(result.reasons) for result in results)]).astype(np.int64)
+    return _Corpus(decisions, num_bytes, hashes, starts, records, fallback)
+
+
+def _raise_empty(records: list[SourceRecord]) -> None:
+    details = []
+    for record in records:
+        lost = [f"{count.documents} by {reason}" for reason, count in sorted(record.removed.items())]
+        lost += [f"{number} as {reason}" for reason, number in sorted(record.bad.items())]
+        removed = f"removed {', '.join(lost)}" if lost else "nothing was found"
+        details.append(f"{record.path}: {record.files} files, {record.read.documents} documents, {removed}")
+    raise DataError(
+        "the corpus is empty after filtering: " + "; ".join(details),
+        fix="loosen data.filters, or check that the sources hold text",
+    )
+
+
+def _raise_unsplittable(job: Job, num_groups: int, num_documents: int) -> None:
+    fraction = job.recipe.data.validation_fraction
+    if fraction >= 1:
+        raise DataError(
+            f"data.validation_fraction is {fraction}: nothing would be left to train on",
+            fix="use a smaller fraction, such as 0.02",
+        )
+    raise DataError(
+        f"the corpus cannot be split: its {num_documents} documents are {num_groups} group (a file of a "
+        "folder, a row, a module), and both training and validation need one",
+        fix="add documents, name a single long file as the source itself (it is then cut into sections), or "
+        "set data.validation_fraction to 0",
+    )
+
+
+def _train_tokenizer(
+    job: Job, pool: WorkerPool, corpus: _Corpus, clock: _StageClock
+) -> tuple[DataTokenizer, int]:
+    """Train on the train split; above ``tokenizer.sample_mb``, on a random part of its groups."""
+    train = corpus.decisions == SPLITS.index("train")
+    total, budget = int(corpus.num_bytes[train].sum()), job.recipe.tokenizer.sample_mb * 1e6
+    if total > budget:
+        # Multiplying by an odd number gives an order that has nothing to do with that of the split.
+        order = corpus.split_hashes * np.uint64(0x9E3779B97F4A7C15)
+        train &= order < np.uint64(min(int(budget / total * 2.0**64), 2**64 - 1))
+        if not train.any():
+            train = (corpus.decisions == SPLITS.index("train")) & (order == order[train].min(initial=0))
+    sampled = int(corpus.num_bytes[train].sum())
+    clock.start("tokenizer", sampled)
+    tasks = (
+        (batch, train[documents])
+        for batch, documents in zip(read_batches(job.sources), corpus.batches(), strict=True)
+        if train[documents].any()
+    )
+
+    def texts() -> Iterator[str]:
+        for part in pool.map("texts", tasks):
+            for text in part:
+                yield text
+                clock.advance(len(text.encode()))
+
+    tokenizer = train_bpe(texts(), job.recipe.tokenizer.vocab_size)
+    clock.finish()
+    return tokenizer, sampled
+
+
+def _save_tokenizer(tokenizer: DataTokenizer, directory: Path, job: Job) -> None:
+    """Write the trained tokenizer; of a given one, copy its files as they are."""
+    source = tokenizer.directory
+    if source is None or not (source / "tokenizer.json").is_file():
+        tokenizer.save(directory, model_max_length=job.recipe.model.context_length)
+        return
+    directory.mkdir()
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
+def _tokenize(
+    job: Job,
+    pool: WorkerPool,
+    corpus: _Corpus,
+    tokenizer: DataTokenizer,
+    trained_on: int,
+    staging: Path,
+    clock: _StageClock,
+) -> None:
+    dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.bytes_per_token_id == 2 else "uint32"
+    files: dict[str, FileRecord] = {}
+    writers = [
+        SplitWriter(staging / name, dtype=dtype, with_mask=job.kind == "chat", files=files) for name in SPLITS
+    ]
+    seen = TokenResult()
+    num_turns = 0
+    kept_bytes = [
+        int(corpus.num_bytes[documents][corpus.decisions[documents] != DROP].sum())
+        for documents in corpus.batches()
+    ]
+    tasks = (
+        (batch, corpus.decisions[documents], len(SPLITS))
+        for batch, documents in zip(read_batches(job.sources), corpus.batches(), strict=True)
+    )
+    clock.start("tokenize", sum(kept_bytes))
+    for done, results in zip(kept_bytes, pool.map("tokenize", tasks), strict=True):
+        for writer, result in zip(writers, results, strict=True):
+            writer.add(result)
+            seen.num_round_trips += result.num_round_trips
+            seen.num_lossy += result.num_lossy
+            seen.num_prefix_mismatches += result.num_prefix_mismatches
+            num_turns += result.num_turns
+        clock.advance(done)
+    splits = dict(zip(SPLITS, (writer.close() for writer in writers), strict=True))
+    clock.finish()
+    for path in sorted((staging / TOKENIZER_DIRECTORY).iterdir()):
+        name = f"{TOKENIZER_DIRECTORY}/{path.name}"
+        files[name] = FileRecord(bytes=path.stat().st_size, sha256=sha256_file(path))
+    manifest = Manifest(
+        fingerprint=job.fingerprint,
+        kind=job.kind,
+        dtype=dtype,
+        inputs=job.inputs,
+        versions={
+            "hearth": __version__,
+            "tokenizers": tokenizers_version(),
+            "python": platform.python_version(),
+        },
+        sources=corpus.records,
+        tokenizer=TokenizerRecord(
+            sha256=tokenizer.content_hash(),
+            vocab_size=tokenizer.vocab_size,
+            eos_token_id=tokenizer.eos_id,
+            pad_token_id=tokenizer.pad_id,
+            trained=job.tokenizer is None,
+            trained_on_bytes=trained_on,
+            round_trips_checked=seen.num_round_trips,
+            round_trips_lossy=seen.num_lossy,
+        ),
+        split_fallback=corpus.split_fallback,
+        splits=splits,
+        audit=_audit(splits, num_turns, seen.num_prefix_mismatches) if job.kind == "chat" else None,
+        files=files,
+    )
+    file = HashedFile(staging / MANIFEST)
+    file.write(manifest.model_dump_json(indent=2).encode() + b"\n")
+    file.close()
+
+
+def _audit(splits: dict[str, SplitRecord], num_turns: int, num_mismatches: int) -> dict[str, int]:
+    """Every conversation was audited while it was tokenised; this is the sum."""
+    return AuditReport(
+        num_conversations=sum(split.documents for split in splits.values()),
+        num_tokens=sum(split.tokens for split in splits.values()),
+        num_supervised_tokens=sum(split.supervised_tokens for split in splits.values()),
+        num_turns=num_turns,
+        num_prefix_mismatches=num_mismatches,
+    ).as_dict()
+
+
+__all__ = ["Job", "plan_job", "prepare_dataset", "prepare_in_folder"]

@@ -1,0 +1,101 @@
+"""Packed rows: what a training step reads. Computed from the memory-mapped tokens when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from hearth.data.dataset import Split
+from hearth.data.packing import PackPlan, TooLong
+
+IGNORE = -100
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One row of T positions.
+
+    ``labels[t]`` is the token that follows ``input_ids[t]`` in the same document, or -100 where none counts.
+    ``position_ids`` restart at 0 with every segment, padding included, so code that finds documents by their
+    positions keeps the padding apart too. ``segment_ids`` number the segments of the row; padding has -1.
+    """
+
+    input_ids: Int64Array
+    labels: Int64Array
+    position_ids: Int64Array
+    segment_ids: Int64Array
+
+
+class PackedRows:
+    """The rows of a split, by number; see ``hearth.data.order`` for the order to read them in.
+
+    ``too_long`` defaults to ``drop`` for conversations and ``cut`` for text.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        sequence_length: int,
+        packing: bool = True,
+        seed: int = 0,
+        *,
+        too_long: TooLong | None = None,
+    ) -> None:
+        self.split = split
+        self.sequence_length = sequence_length
+        self.plan = PackPlan.build(
+            split.lengths,
+            sequence_length,
+            packing=packing,
+            seed=seed,
+            too_long=too_long or ("drop" if split.has_loss_mask else "cut"),
+        )
+        tokenizer = split.dataset.manifest.tokenizer
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_id: int = next(index for index in candidates if index is not None)
+
+    def __len__(self) -> int:
+        return self.plan.num_rows
+
+    def segments(self, index: int) -> list[tuple[int, int, int]]:
+        """(document, first token, number of inputs) of each segment of a row: its provenance."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        begin, end = int(self.plan.row_starts[index]), int(self.plan.row_starts[index + 1])
+        plan = self.plan
+        return [
+            (int(plan.documents[s]), int(plan.starts[s]), int(plan.lengths[s])) for s in range(begin, end)
+        ]
+
+    def __getitem__(self, index: int) -> PackedRow:
+        length = self.sequence_length
+        row = PackedRow(
+            input_ids=np.full(length, self.pad_id, dtype=np.int64),
+            labels=np.full(length, IGNORE, dtype=np.int64),
+            position_ids=np.zeros(length, dtype=np.int64),
+            segment_ids=np.full(length, -1, dtype=np.int64),
+        )
+        at = 0
+        for number, (document, start, count) in enumerate(self.segments(index)):
+            tokens = self.split.token_range(document, start, start + count + 1)
+            mask = self.split.mask_range(document, start + 1, start + count + 1)
+            here = slice(at, at + count)
+            row.input_ids[here] = tokens[:-1]
+            row.labels[here] = tokens[1:] if mask is None else np.where(mask, tokens[1:], IGNORE)
+            row.position_ids[here] = np.arange(count)
+            row.segment_ids[here] = number
+            at += count
+        row.position_ids[at:] = np.arange(length - at)
+        return row
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Int64Array]:
+        """Rows stacked to [B, T] arrays under the names of ``PackedRow``."""
+        rows = [self[index] for index in indices]
+        return {
+            field.name: np.stack([getattr(row, field.name) for row in rows]) for field in fields(PackedRow)
+        }
