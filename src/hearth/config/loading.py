@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hearth.config.problems import describe
-from hearth.config.recipe import Recipe, Section
+from hearth.config.recipe import Recipe
 from hearth.config.sources import Document, KeyPath, parse_scalar, read_document, read_yaml
 from hearth.errors import ConfigError
 
@@ -24,7 +24,7 @@ _PREFIX = "HEARTH_"
 # Environment sections of settings other than the recipe's.
 _OTHER_SECTIONS = frozenset({"serve"})
 
-T = TypeVar("T", bound=Section)
+T = TypeVar("T", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def load_settings(
     *,
     environ: Mapping[str, str] | None = None,
 ) -> Loaded[T]:
-    """Read settings of any section class in the layers of ``load_recipe``; without a path, there is no file.
+    """Read settings of any frozen pydantic class in the layers of ``load_recipe``; no path, no file.
 
     A class with ``environment_section = "serve"`` reads ``HEARTH_SERVE__KEY``; Recipe reads
     ``HEARTH_SECTION__KEY``.
@@ -119,18 +119,18 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def to_dict(settings: Section) -> dict[str, Any]:
+def to_dict(settings: BaseModel) -> dict[str, Any]:
     """Every value, in the spelling of the file."""
     return settings.model_dump(mode="json", by_alias=True)
 
 
-def to_yaml(settings: Section) -> str:
+def to_yaml(settings: BaseModel) -> str:
     """A resolved file: loads back to equal settings in an empty environment."""
     text: str = yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True, width=100)
     return text
 
 
-def json_schema(cls: type[Section] = Recipe) -> dict[str, Any]:
+def json_schema(cls: type[BaseModel] = Recipe) -> dict[str, Any]:
     """A JSON schema for editors. Recipes may also name a preset."""
     schema = cls.model_json_schema(by_alias=True)
     if cls is Recipe:
@@ -236,7 +236,7 @@ def _parse_overrides(overrides: Iterable[str]) -> list[tuple[KeyPath, Any]]:
 
 
 def _take_preset(
-    cls: type[Section], document: dict[str, Any], given: list[tuple[KeyPath, Any]], path: Path | None
+    cls: type[BaseModel], document: dict[str, Any], given: list[tuple[KeyPath, Any]], path: Path | None
 ) -> str | None:
     """Remove the key `preset` from file and command line; return the one that counts."""
     if cls is not Recipe:
@@ -256,7 +256,7 @@ def _take_preset(
     return name
 
 
-def _environment(cls: type[Section], environ: Mapping[str, str]) -> list[tuple[str, KeyPath, Any]]:
+def _environment(cls: type[BaseModel], environ: Mapping[str, str]) -> list[tuple[str, KeyPath, Any]]:
     """The variables that speak to ``cls``, as (variable, key, value)."""
     own = getattr(cls, "environment_section", None)
     found = []
@@ -320,14 +320,14 @@ def _validate(cls: type[T], layers: _Layers) -> T:
         raise ConfigError("\n".join(problems)) from error
 
 
-def _is_section(cls: type[Section], key: str) -> bool:
+def _is_section(cls: type[BaseModel], key: str) -> bool:
     for name, info in cls.model_fields.items():
         if key == (info.alias or name):
-            return isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+            return isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
     return False
 
 
-def _all_sources(settings: Section, given: Mapping[KeyPath, Source]) -> dict[str, Source]:
+def _all_sources(settings: BaseModel, given: Mapping[KeyPath, Source]) -> dict[str, Source]:
     """The source of every leaf. A list is one leaf, and so is a mapping with keys of the user's choice."""
     found: dict[str, Source] = {}
 

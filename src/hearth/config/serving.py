@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from hearth.config.recipe import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
@@ -19,10 +19,14 @@ class ServedModel(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the weights; auto takes that of the model."
     )
+    device: str | None = Field(None, description="Where it runs: auto, cpu, cuda:0 and so on.")
     max_model_len: PositiveInt | None = Field(None, description="Longest prompt and answer, in tokens.")
     max_num_seqs: PositiveInt | None = Field(None, description="Requests that are computed at once.")
     max_num_batched_tokens: PositiveInt | None = Field(None, description="Tokens in one engine step.")
     kv_cache_memory: PositiveInt | None = Field(None, description="Bytes for the key-value cache.")
+    prefix_cache: bool | None = Field(None, description="Reuse the key-value cache of equal beginnings.")
+    num_threads: PositiveInt | None = Field(None, description="CPU threads of its engine.")
+    seed: int | None = Field(None, description="Randomness of requests that give no seed.")
 
 
 class ServeConfig(Section):
@@ -36,8 +40,12 @@ class ServeConfig(Section):
     require_api_keys: bool = Field(
         False, description="Refuse requests without a valid key of the workspace (`hearth keys create`)."
     )
-    api_keys: tuple[str, ...] = Field(
+    api_keys: tuple[SecretStr, ...] = Field(
         (), description="Further keys that are accepted; giving any turns require_api_keys on."
+    )
+    allow_ungated: bool = Field(
+        False,
+        description="Serve versions of the registry that have not passed the parity gate, with a warning.",
     )
     max_queue: NonNegativeInt = Field(
         256, description="Requests that may wait for an engine; more are answered 429. 0: no waiting."
@@ -48,8 +56,24 @@ class ServeConfig(Section):
     drain_timeout: PositiveFloat = Field(
         30.0, description="Seconds that running requests get to finish when the server stops."
     )
+    health_interval: PositiveFloat = Field(1.0, description="Seconds between two checks of a worker.")
+    health_timeout: PositiveFloat = Field(
+        15.0, description="A worker whose HTTP server is silent for so many seconds is replaced."
+    )
+    engine_hang_timeout: PositiveFloat = Field(
+        120.0, description="A worker whose engine shows no sign of life for so many seconds is replaced."
+    )
+    restart_backoff: PositiveFloat = Field(
+        0.5, description="Seconds before the first restart of a worker; doubles with each quick failure."
+    )
+    restart_limit: PositiveInt = Field(
+        5, description="Quick failures in a row after which a worker is given up."
+    )
+    log_format: Literal["auto", "json", "plain"] = Field(
+        "auto", description="How logs look on standard error; auto: plain on a terminal, else JSON lines."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="What is logged, as JSON lines on standard error."
+        "info", description="What is logged on standard error."
     )
     cors_origins: tuple[str, ...] = Field((), description="Origins that browsers may call from.")
 
@@ -59,8 +83,8 @@ class ServeConfig(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two models are called {twice[0]!r}; give one of them another name")
-        if any(not key.strip() for key in self.api_keys):
-            raise ValueError("api_keys holds an empty key")
+        if any(len(key.get_secret_value().strip()) < 8 for key in self.api_keys):
+            raise ValueError("api_keys holds a key of fewer than 8 characters")
         return self
 
     @property

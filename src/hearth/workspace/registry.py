@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import shutil
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -63,6 +64,11 @@ class ModelVersion:
         """``name@version``."""
         return f"{self.name}@{self.version}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, ready for JSON."""
+        values = {**vars(self), "ref": self.ref, "path": str(self.path), "aliases": list(self.aliases)}
+        return {**values, "created_at": self.created_at.isoformat()}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -105,6 +111,10 @@ class HistoryEntry:
     forced: bool
     reason: str | None
     detail: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, ready for JSON."""
+        return {**vars(self), "at": self.at.isoformat()}
 
 
 class Registry:
@@ -482,28 +492,32 @@ class Registry:
         *,
         actor: str | None = None,
         tags: Mapping[str, str] | None = None,
+        origin: str | None = None,
     ) -> ModelVersion:
         """Create a version from any Hugging Face directory.
 
         With a hearth.json (an exported version) its files are verified, and recipe, lineage, tags and
         reports come along; ``name`` defaults to the exported one. Imported parity reports are kept, but
-        do not open the gate here: they speak of another machine.
+        do not open the gate here: they speak of another machine. ``origin`` says in the lineage where it
+        came from; default: the folder's name.
         """
         directory = Path(directory)
         if not directory.is_dir():
             raise NotFoundError(f"no folder {directory}", fix="give the folder of a model")
-        origin = read_card(directory) or {}
-        name = name or origin.get("name")
+        found = read_card(directory) or {}
+        name = name or found.get("name")
         if name is None:
             raise InputError(f"{directory} has no {CARD} that names it", fix="name the model with --name")
-        _check_imported_files(directory, origin)
-        row = {key: origin.get(key) for key in ("recipe", "recipe_hash", "dataset_fingerprint", "licence")}
-        row.update(run_id=origin.get("run"), parent=origin.get("parent"))
-        row["tags"] = {**origin.get("tags", {}), **{k: str(v) for k, v in (tags or {}).items()}}
+        _check_imported_files(directory, found)
+        row = {key: found.get(key) for key in ("recipe", "recipe_hash", "dataset_fingerprint", "licence")}
+        row.update(run_id=found.get("run"), parent=found.get("parent"))
+        row["tags"] = {**found.get("tags", {}), **{k: str(v) for k, v in (tags or {}).items()}}
         actor = actor or default_actor()
         version = self._create(name, directory, row, actor, event="imported")
+        source = urllib.parse.quote(origin or directory.absolute().name, safe="/:@.+")
+        self._lineage.add(f"source:{source}", f"model:{version.ref}", "imported")
         known = [dump_json(report.report) for report in self.reports(version.ref)]
-        for report in origin.get("reports", ()):
+        for report in found.get("reports", ()):
             if dump_json(report["report"]) not in known:
                 self._attach(version, report["kind"], report["report"], actor, imported=True)
         return version

@@ -79,6 +79,29 @@ class Run:
         """The run's folder, ``runs/ID`` in the workspace."""
         return self._store.root / self.id
 
+    def to_dict(self) -> dict[str, Any]:
+        """The record, ready for JSON."""
+        keys = [
+            "id",
+            "kind",
+            "name",
+            "status",
+            "error",
+            "recipe_hash",
+            "parent",
+            "tags",
+            "summary",
+            "host",
+            "pid",
+            "recipe",
+        ]
+        return {
+            **{key: getattr(self, key) for key in keys},
+            "dir": str(self.dir),
+            "created_at": self.created_at.isoformat(),
+            "finished_at": None if self.finished_at is None else self.finished_at.isoformat(),
+        }
+
     def refresh(self) -> Self:
         """Read the record again."""
         self._load(self._store.row(self.id))
