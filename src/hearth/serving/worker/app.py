@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -47,12 +48,12 @@ class WorkerEngine(Generates, Protocol):
     max_model_len: int
 
     @property
-    def model_info(self) -> dict[str, Any]: ...  # noqa: D102
+    def model_info(self) -> dict[str, Any]: ...
     @property
-    def is_alive(self) -> bool: ...  # noqa: D102
+    def is_alive(self) -> bool: ...
     @property
-    def heartbeat_age(self) -> float: ...  # noqa: D102
-    async def stats(self) -> EngineStats: ...  # noqa: D102
+    def heartbeat_age(self) -> float: ...
+    async def stats(self) -> EngineStats: ...
 
 
 class WorkerApp:
@@ -129,10 +130,8 @@ class WorkerApp:
 
     async def _engine_stats(self) -> EngineStats | None:
         """Fresh numbers, or the last ones from an engine that is busy or gone."""
-        try:
+        with contextlib.suppress(TimeoutError, EngineDeadError):
             self._last_stats = await asyncio.wait_for(self.engine.stats(), STATS_TIMEOUT)
-        except (TimeoutError, EngineDeadError):
-            pass
         return self._last_stats
 
     async def _stats(self, _: Request) -> Response:

@@ -26,7 +26,7 @@ _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What a worker serves. ``version`` (``name@3``) is the answer's lineage; all ``names`` mean this model."""
+    """What a worker serves. ``version`` (``name@3``) is the answer's lineage; all ``names`` mean it."""
 
     name: str
     version: str

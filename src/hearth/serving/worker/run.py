@@ -87,7 +87,8 @@ async def _serve(options: argparse.Namespace, name: str, channel: int, started: 
     from hearth.serving.worker.jobs import ServedModel, generation_defaults
 
     imported = time.monotonic()
-    engine = await AsyncEngine.start(options.model, EngineConfig.of(**options.engine))
+    config = EngineConfig.of(**options.engine)
+    engine = await AsyncEngine.start(options.model, config)
     loaded = time.monotonic()
     version = options.served_version or name
     model = ServedModel(
@@ -128,6 +129,8 @@ async def _serve(options: argparse.Namespace, name: str, channel: int, started: 
                 "pid": os.getpid(),
                 "timeline": {key: round(value, 3) for key, value in timeline.items()},
                 "max_model_len": engine.max_model_len,
+                "max_num_seqs": config.max_num_seqs,
+                "chat": bool(getattr(engine.tokenizer, "chat_template", None)),
                 "model_info": engine.model_info,
             },
         )

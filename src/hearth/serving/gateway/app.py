@@ -1,0 +1,314 @@
+"""The gateway's ASGI application: routes, keys, limits, and the state of all models."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import aiohttp
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from hearth.serving.gateway.access import Access
+from hearth.serving.gateway.proxy import Proxy, unavailable
+from hearth.serving.gateway.supervisor import Worker
+from hearth.serving.http import (
+    ClientGone,
+    Envelope,
+    HttpError,
+    handle_http_error,
+    json_response,
+    read_json_body,
+    send_error,
+    to_http_error,
+)
+from hearth.serving.protocol import routing_fields
+from hearth.telemetry import logs
+from hearth.telemetry.metrics import CONTENT_TYPE, GatewayMetrics, merge_expositions
+from hearth.version import __version__
+
+log = logs.get_logger("gateway")
+
+# Without a key: what probes and scrapers of the operator's own network need. They show no text.
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/metrics"})
+GENERATION_PATHS = ("/v1/completions", "/v1/chat/completions", "/generate", "/chat")
+_WORKER_TIMEOUT = aiohttp.ClientTimeout(total=3.0)
+
+
+class Gateway:
+    """All models of one server. ``asgi`` is the application; ``workers`` is filled before it serves."""
+
+    def __init__(
+        self,
+        *,
+        access: Access,
+        max_queue: int,
+        max_body_bytes: int,
+        request_timeout: float,
+        cors_origins: tuple[str, ...] = (),
+    ) -> None:
+        self.workers: list[Worker] = []
+        self.metrics = GatewayMetrics(__version__)
+        self.proxy = Proxy(self.metrics, request_timeout=request_timeout)
+        self.draining = False
+        self._max_queue = max_queue
+        self._max_body_bytes = max_body_bytes
+        self._started = time.time()
+        self._by_name: dict[str, Worker] = {}
+        self._in_flight: dict[str, int] = {}
+        routes = [Route(path, _Forward(self), methods=["POST"]) for path in GENERATION_PATHS]
+        routes += [
+            Route("/v1/models", self._openai_models),
+            Route("/v1/models/{name:path}", self._openai_model),
+            Route("/models", self._models),
+            Route("/stats", self._stats),
+            Route("/health", self._health),
+            Route("/livez", self._livez),
+            Route("/readyz", self._readyz),
+            Route("/metrics", self._metrics),
+        ]
+        handlers = {HTTPException: handle_http_error, HttpError: handle_http_error}
+        inner = Starlette(routes=routes, exception_handlers=handlers)
+        guarded: ASGIApp = _Guard(inner, access)
+        if cors_origins:  # outside the guard: a browser's preflight request carries no key
+            guarded = CORSMiddleware(
+                guarded, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"]
+            )
+        self.asgi: ASGIApp = Envelope(guarded, self._on_done)
+
+    def add(self, worker: Worker) -> None:
+        """Serve ``worker`` under all its names."""
+        self.workers.append(worker)
+        self.metrics.register_model(worker.spec.name)
+        self._in_flight[worker.spec.name] = 0
+        self._by_name.update(dict.fromkeys(worker.spec.names, worker))
+
+    def on_change(self, worker: Worker) -> None:
+        """A worker changed its state."""
+        name = worker.spec.name
+        self.metrics.worker_up.labels(name).set(1 if worker.state == "ready" else 0)
+        if worker.state == "waiting":
+            self.metrics.restarts.labels(name).inc()
+
+    def route(self, model: str | None) -> Worker:
+        """The worker that answers for ``model``; HttpError 404, or 400 when a name is needed."""
+        if model is None:
+            if len(self.workers) == 1:
+                return self.workers[0]
+            raise HttpError(
+                400,
+                f"say which model: one of {self._known()}",
+                param="model",
+                code="missing_required_parameter",
+            )
+        worker = self._by_name.get(model)
+        if worker is None:
+            shown = model if len(model) <= 100 else model[:100] + "…"
+            raise HttpError(
+                404, f"the model {shown!r} is not served here; there is {self._known()}",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+        return worker
+
+    def _known(self) -> str:
+        return ", ".join(worker.spec.name for worker in self.workers)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one generation request."""
+        state = scope["state"]
+        state["route"] = scope["path"]
+        try:
+            body = await read_json_body(scope, receive, self._max_body_bytes)
+            model, state["stream"] = routing_fields(body)
+            worker = self.route(model)
+            state["model"], state["model_version"] = worker.spec.name, worker.spec.version
+            with self._admit(worker):
+                await self.proxy.forward(worker, body, scope, receive, send)
+        except ClientGone:
+            state["client_gone"] = True
+        except HttpError as error:
+            await send_error(send, error)
+        except Exception as error:
+            log.exception("request failed", extra=logs.fields(route=scope["path"]))
+            await send_error(send, to_http_error(error))
+
+    @contextlib.contextmanager
+    def _admit(self, worker: Worker) -> Iterator[None]:
+        name = worker.spec.name
+        if self.draining:
+            self.metrics.rejected.labels(name, "draining").inc()
+            raise HttpError(503, "the server is shutting down", code="shutting_down", retry_after=5)
+        if worker.state != "ready":
+            self.metrics.rejected.labels(name, "not_ready").inc()
+            raise unavailable(worker)
+        limit = int(worker.facts.get("max_num_seqs", 0)) + self._max_queue
+        if self._in_flight[name] >= limit:
+            self.metrics.rejected.labels(name, "overloaded").inc()
+            raise HttpError(
+                429, f"{worker.spec.version} has {limit} requests open, which is its limit",
+                code="rate_limit_exceeded", retry_after=1,
+            )  # fmt: skip
+        self._in_flight[name] += 1
+        self.metrics.in_flight.labels(name).inc()
+        try:
+            yield
+        finally:
+            self._in_flight[name] -= 1
+            self.metrics.in_flight.labels(name).dec()
+
+    # ── what there is, and how it is ─────────────────────────────────────────────────────────────────────
+
+    @property
+    def ready(self) -> bool:
+        """Every model can answer, and the server is not on its way out."""
+        return not self.draining and bool(self.workers) and all(w.state == "ready" for w in self.workers)
+
+    @property
+    def num_open(self) -> int:
+        """Generation requests that are being answered."""
+        return sum(self._in_flight.values())
+
+    def _openai_entry(self, worker: Worker, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(self._started),
+            "owned_by": "hearth",
+            "root": worker.spec.version,
+            "max_model_len": worker.facts.get("max_model_len"),
+        }
+
+    async def _openai_models(self, _: Request) -> Response:
+        data = [self._openai_entry(worker, worker.spec.name) for worker in self.workers]
+        return json_response({"object": "list", "data": data})
+
+    async def _openai_model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        return json_response(self._openai_entry(self.route(name), name))
+
+    async def _models(self, _: Request) -> Response:
+        models = [
+            {
+                "name": worker.spec.name,
+                "version": worker.spec.version,
+                "aliases": [name for name in worker.spec.names if name != worker.spec.name],
+                "state": worker.state,
+                "max_model_len": worker.facts.get("max_model_len"),
+                "info": worker.facts.get("model_info"),
+            }
+            for worker in self.workers
+        ]
+        return json_response({"models": models})
+
+    async def _ask(self, worker: Worker, path: str) -> bytes | None:
+        """The body of a worker's own page, or None while it cannot answer."""
+        if worker.session is None:
+            return None
+        try:
+            async with worker.session.get(path, timeout=_WORKER_TIMEOUT) as response:
+                return await response.read()
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
+
+    async def _stats(self, _: Request) -> Response:
+        pages = await asyncio.gather(*(self._ask(worker, "/stats") for worker in self.workers))
+        models = {
+            worker.spec.name: {
+                "version": worker.spec.version,
+                "state": worker.state,
+                "problem": worker.problem,
+                "restarts": worker.restarts,
+                "pid": worker.pid,
+                "in_flight": self._in_flight[worker.spec.name],
+                "worker": None if page is None else msgspec.json.decode(page),
+            }
+            for worker, page in zip(self.workers, pages, strict=True)
+        }
+        return json_response(
+            {
+                "version": __version__,
+                "pid": os.getpid(),
+                "uptime_seconds": round(time.time() - self._started, 3),
+                "ready": self.ready,
+                "models": models,
+            }
+        )
+
+    async def _health(self, _: Request) -> Response:
+        models = {
+            worker.spec.name: {"state": worker.state, "problem": worker.problem} for worker in self.workers
+        }
+        num_ready = sum(worker.state == "ready" for worker in self.workers)
+        status = "ok" if self.ready else "draining" if self.draining else "degraded" if num_ready else "down"
+        return json_response({"status": status, "models": models}, 200 if self.ready else 503)
+
+    async def _livez(self, _: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def _readyz(self, _: Request) -> Response:
+        return json_response({"ready": self.ready}, 200 if self.ready else 503)
+
+    async def _metrics(self, _: Request) -> Response:
+        pages = await asyncio.gather(*(self._ask(worker, "/metrics") for worker in self.workers))
+        merged = merge_expositions([self.metrics.render(), *(page for page in pages if page)])
+        return Response(merged, headers={"content-type": CONTENT_TYPE})
+
+    def _on_done(self, scope: Scope, status: int, seconds: float) -> None:
+        state = scope["state"]
+        route = state.get("route")
+        if route is None:
+            if status >= 400 and scope["path"] not in OPEN_PATHS:
+                log.info("refused", extra=logs.fields(status=status))
+            return
+        status = state.get("outcome", status)
+        self.metrics.observe_request(route, state.get("model", ""), status, seconds)
+        log.info(
+            "request",
+            extra=logs.fields(
+                route=route,
+                model=state.get("model_version"),
+                status=status,
+                stream=state.get("stream"),
+                seconds=round(seconds, 4),
+            ),
+        )
+
+
+class _Forward:
+    """A route that wants the raw ASGI call; Starlette wraps functions, so this is a class."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._gateway.answer(scope, receive, send)
+
+
+class _Guard:
+    """Asks for a key before anything else is looked at."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            authorization = dict(scope["headers"]).get(b"authorization")
+            try:
+                await self._access.check(authorization.decode("latin-1") if authorization else None)
+            except HttpError as error:
+                if scope["path"] in GENERATION_PATHS:
+                    scope["state"]["route"] = scope["path"]
+                await send_error(send, error)
+                return
+        await self._app(scope, receive, send)

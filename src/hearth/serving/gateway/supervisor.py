@@ -1,0 +1,232 @@
+"""Start workers, watch them, replace the dead and the stuck.
+
+A worker's life: starting → ready → (dies, or hangs and is killed) → waiting → starting …, or failed when the
+restart policy gives up. The gateway reads ``state`` and ``session``; both change in one place, here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import aiohttp
+
+from hearth import errors
+from hearth.errors import HearthError, ServingError
+from hearth.serving.gateway.policy import RestartPolicy
+from hearth.serving.lifeline import kill_group
+from hearth.telemetry import logs
+
+log = logs.get_logger("supervisor")
+State = Literal["starting", "ready", "waiting", "failed", "stopped"]
+BASE_URL = "http://worker"
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What to start, and how patient to be with it."""
+
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+    path: Path
+    arguments: tuple[str, ...] = ()
+    command: tuple[str, ...] = (sys.executable, "-m", "hearth.serving.worker")
+    start_timeout: float = 1800.0
+    health_interval: float = 1.0
+    health_timeout: float = 15.0
+    stop_timeout: float = 5.0
+    policy: RestartPolicy = field(default_factory=RestartPolicy)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that mean this model, the main one first."""
+        return tuple(dict.fromkeys([self.name, self.version, *self.aliases]))
+
+
+class Worker:
+    """One supervised worker. ``run`` does not return before ``stop``, nor raise after the first start."""
+
+    def __init__(self, spec: WorkerSpec, socket_dir: Path, on_change: Callable[[Worker], None]) -> None:
+        self.spec = spec
+        self.state: State = "starting"
+        self.session: aiohttp.ClientSession | None = None
+        self.pid: int | None = None
+        self.restarts = 0
+        self.problem: str | None = None
+        self.facts: dict[str, Any] = {}
+        self.first_start: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._socket_dir = socket_dir
+        self._on_change = on_change
+        self._process: asyncio.subprocess.Process | None = None
+        self._stop = asyncio.Event()
+        self._generation = 0
+
+    async def run(self) -> None:
+        """Keep a worker running until ``stop``. A first start that fails ends it: ``first_start`` raises."""
+        quick_failures = 0
+        while not self._stop.is_set():
+            self._set("starting")
+            ready_at: float | None = None
+            try:
+                await self._start()
+                ready_at = time.monotonic()
+                self._set("ready")
+                if not self.first_start.done():
+                    self.first_start.set_result(None)
+                self.problem = await self._watch()
+            except HearthError as error:
+                self.problem = error.message
+                if not self.first_start.done():
+                    self._set("failed")
+                    self.first_start.set_exception(error)
+                    return
+            finally:
+                await self._clean_up()
+            if self._stop.is_set():
+                break
+            lived = 0.0 if ready_at is None else time.monotonic() - ready_at
+            quick_failures, delay = self.spec.policy.after_failure(quick_failures, lived)
+            facts = logs.fields(model=self.spec.name, reason=self.problem, wait_seconds=delay)
+            if delay is None:
+                log.error("worker keeps failing, giving up", extra=facts)
+                self._set("failed")
+                return
+            log.warning("worker stopped, restarting", extra=facts)
+            self._set("waiting")
+            await asyncio.sleep(delay)
+            self.restarts += 1
+        self._set("stopped")
+
+    def _set(self, state: State) -> None:
+        self.state = state
+        self._on_change(self)
+
+    async def _start(self) -> None:
+        """Spawn the process and wait for its ``ready``; raise its error, or ServingError."""
+        self._generation += 1
+        # A new path for each process: a connection to a dead one can never be taken for the new one.
+        path = self._socket_dir / f"{self.spec.name[:20].replace('/', '_')}.{self._generation}"
+        command = [
+            *(*self.spec.command, "--supervised"),
+            *(
+                "--model",
+                str(self.spec.path),
+                "--name",
+                self.spec.name,
+                "--served-version",
+                self.spec.version,
+            ),
+            *(argument for alias in self.spec.aliases for argument in ("--alias", alias)),
+            *("--uds", str(path)),
+            *self.spec.arguments,
+        ]
+        self._process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,  # the lifeline; see hearth.serving.lifeline
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        try:
+            event = await asyncio.wait_for(self._next_event(), self.spec.start_timeout)
+        except TimeoutError:
+            raise ServingError(
+                f"the worker of {self.spec.version} was not ready within {self.spec.start_timeout:g} s"
+            ) from None
+        if event.get("event") == "failed":
+            kind = getattr(errors, str(event.get("kind")), ServingError)
+            raise kind(event["message"], fix=event.get("fix"))
+        self.facts = event
+        connector = aiohttp.UnixConnector(path=str(path), limit=0, keepalive_timeout=30)
+        self.session = aiohttp.ClientSession(
+            BASE_URL, connector=connector, timeout=aiohttp.ClientTimeout(total=None), auto_decompress=False
+        )
+
+    async def _next_event(self) -> dict[str, Any]:
+        process = self._process
+        assert process is not None
+        assert process.stdout is not None
+        while line := await process.stdout.readline():
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                if isinstance(event, dict) and "event" in event:
+                    return event
+        code = await process.wait()
+        raise ServingError(f"the worker of {self.spec.version} ended before it was ready ({_ending(code)})")
+
+    async def _watch(self) -> str:
+        """Return why the worker is no longer good: it ended, or it does not answer, or its engine hangs."""
+        assert self._process is not None
+        ended = asyncio.ensure_future(self._process.wait())
+        last_answer = time.monotonic()
+        try:
+            while True:
+                await asyncio.wait({ended}, timeout=self.spec.health_interval)
+                if ended.done():
+                    return f"the worker ended ({_ending(ended.result())})"
+                status = await self._probe(ended)
+                if status is not None:
+                    last_answer = time.monotonic()
+                    if status != "ok":
+                        return f"the worker reports {status}"
+                elif not ended.done() and time.monotonic() - last_answer > self.spec.health_timeout:
+                    return f"the worker did not answer for {self.spec.health_timeout:g} s"
+        finally:
+            ended.cancel()
+
+    async def _probe(self, ended: asyncio.Future[int]) -> str | None:
+        """The status in the worker's /health, or None if it does not answer (or ends meanwhile)."""
+        assert self.session is not None
+
+        async def ask() -> str | None:
+            assert self.session is not None
+            async with self.session.get("/health") as response:
+                return str((await response.json()).get("status"))
+
+        asking = asyncio.ensure_future(ask())
+        try:
+            waiting: set[asyncio.Future[Any]] = {asking, ended}
+            await asyncio.wait(waiting, timeout=self.spec.health_timeout, return_when=asyncio.FIRST_COMPLETED)
+            return asking.result() if asking.done() else None
+        except (aiohttp.ClientError, OSError, ValueError):
+            return None
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    async def _clean_up(self) -> None:
+        """Leave nothing of the process group: an engine may outlive its worker by a moment."""
+        session, self.session = self.session, None
+        process, self._process = self._process, None
+        if process is not None:
+            kill_group(process.pid)
+            await process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+        if session is not None:
+            await session.close()
+        self.pid = None
+
+    async def stop(self) -> None:
+        """End the worker: SIGTERM, a moment, then SIGKILL to its group."""
+        self._stop.set()
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(process.wait()), self.spec.stop_timeout)
+        kill_group(process.pid)
+
+
+def _ending(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
