@@ -1,13 +1,13 @@
 """Sources → filters → deduplication → tokens → packed rows. numpy and tokenizers only; no torch.
 
 prepare_dataset   a recipe's sources to a dataset directory
-Dataset, Split    a prepared dataset, memory-mapped, with provenance
+Dataset, TokenSplit a prepared dataset, memory-mapped, with provenance
 PackPlan, PackedRows, row_index   isolated packing and the order of the rows
 render_chat, audit_chat, DataTokenizer   conversations to ids and loss mask
 """
 
 from hearth.data.chat import AuditReport, audit_chat, render_chat
-from hearth.data.dataset import Dataset, Split
+from hearth.data.dataset import Dataset, TokenSplit
 from hearth.data.manifest import Manifest
 from hearth.data.order import consumed_row_index, row_index
 from hearth.data.packing import PackPlan
@@ -31,7 +31,7 @@ __all__ = [
     "PackedRow",
     "PackedRows",
     "Progress",
-    "Split",
+    "TokenSplit",
     "audit_chat",
     "consumed_row_index",
     "plan_job",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from hearth.errors import DataError, IntegrityError, NotFoundError
 TOKENIZER_DIRECTORY = "tokenizer"
 
 
-class Split:
+class TokenSplit:
     """The documents of one split, in order. Opening is O(1); arrays are mapped when they are first read."""
 
     def __init__(self, dataset: Dataset, name: str, record: SplitRecord) -> None:
@@ -28,7 +29,6 @@ class Split:
         self.num_tokens = record.tokens
         self.num_bytes = record.bytes
         self.num_supervised_tokens = record.supervised_tokens
-        self.has_loss_mask = any(shard.mask for shard in record.shards)
         self._maps: dict[str, npt.NDArray[Any]] = {}
         self._tokenizer: DataTokenizer | None = None
         documents = np.cumsum([0, *(shard.documents for shard in record.shards)])
@@ -39,6 +39,11 @@ class Split:
 
     def __len__(self) -> int:
         return self.num_documents
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the dataset holds conversations, so that documents have loss masks."""
+        return self.dataset.manifest.kind == "chat"
 
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would be pickled as a copy of the file; the other process maps it again.
@@ -112,7 +117,7 @@ class Split:
         return self.record.shards[number], int(self.offsets[index] - self._first_tokens[number])
 
     def document_info(self, index: int) -> dict[str, Any]:
-        """Where a document came from: source, id, licence, bytes, and its span of tokens."""
+        """Where a document came from: source, id, licence, bytes, its span of tokens, its messages."""
         info = self._info(index)
         source = self.dataset.manifest.sources[info["source"]]
         return {**info, "source": source.path, "license": source.license}
@@ -148,13 +153,27 @@ class Split:
         if self._tokenizer is None:
             self._tokenizer = self.dataset.tokenizer()
         ids = self.tokens(index).tolist()
-        if not self._is_chat(index) and ids and ids[-1] == self.dataset.manifest.tokenizer.eos_token_id:
+        if (
+            not self._is_conversation(index)
+            and ids
+            and ids[-1] == self.dataset.manifest.tokenizer.eos_token_id
+        ):
             ids.pop()
         return self._tokenizer.decode(ids)
 
-    def _is_chat(self, index: int) -> bool:
-        sources = self.dataset.manifest.sources
-        return self.has_loss_mask and sources[self._info(index)["source"]].format in ("chat", "stdlib-chat")
+    def _is_conversation(self, index: int) -> bool:
+        return self.is_chat and "messages" in self._info(index)
+
+    def messages(self, index: int) -> list[dict[str, Any]]:
+        """The messages of a conversation. Raises NotFoundError for a plain text."""
+        info = self._info(index)
+        if "messages" not in info:
+            raise NotFoundError(
+                f"document {index} ({info['id']}) of {self.dataset.path} is a text, not a conversation",
+                fix="read it with text()",
+            )
+        messages: list[dict[str, Any]] = info["messages"]
+        return messages
 
     def iter_text(self) -> Iterator[str]:
         """The texts of all documents, in order."""
@@ -181,8 +200,8 @@ class Dataset:
     def open(cls, path: Path | str) -> Dataset:
         """Open a dataset and check the size of every file in it.
 
-        Raises DataError when the directory is not a complete dataset, IntegrityError when a file has
-        another size than recorded. ``verify`` checks the contents as well.
+        Raises DataError when the directory is not a complete dataset or a file has another size than
+        recorded. ``verify`` checks the contents as well.
         """
         path = Path(path)
         dataset = cls(path, Manifest.read(path))
@@ -195,9 +214,9 @@ class Dataset:
                 )
             size = file.stat().st_size
             if size != record.bytes:
-                raise IntegrityError(
-                    f"{file} has {size} bytes; the manifest says {record.bytes}",
-                    fix="delete the dataset and run `hearth data prepare` again",
+                raise DataError(
+                    f"dataset {path} is damaged: {name} has {size} bytes instead of {record.bytes}",
+                    fix="delete the directory and run `hearth data prepare` again",
                 )
         return dataset
 
@@ -211,17 +230,26 @@ class Dataset:
         """Hugging Face tokenizer files."""
         return self.path / TOKENIZER_DIRECTORY
 
+    @property
+    def lineage_edges(self) -> list[tuple[str, str, str]]:
+        """(source, this dataset, relation) for the lineage of a workspace; sources carry their hash."""
+        node = f"dataset:{self.fingerprint}"
+        return [
+            (f"source:{quote(record.path, safe='/~')}@{record.sha256[:12]}", node, "prepared")
+            for record in self.manifest.sources
+        ]
+
     def tokenizer(self) -> DataTokenizer:
         """The tokenizer of the dataset."""
         return DataTokenizer.open(self.tokenizer_dir)
 
-    def split(self, name: str) -> Split:
+    def split(self, name: str) -> TokenSplit:
         """``train`` or ``validation``. Raises NotFoundError for any other name."""
         if name not in self.manifest.splits:
             raise NotFoundError(
                 f"no split {name!r} in {self.path}", fix=f"use one of {', '.join(self.manifest.splits)}"
             )
-        return Split(self, name, self.manifest.splits[name])
+        return TokenSplit(self, name, self.manifest.splits[name])
 
     def find(self, document_id: str) -> list[tuple[str, int]]:
         """(split, document) for every document with an id."""

@@ -2,8 +2,8 @@
 
 A document of n tokens gives n - 1 pairs (input token, next token); its last token is never an input. A row
 holds ``sequence_length`` pairs. Pieces are placed by best-fit decreasing, computed on the histogram of
-lengths instead of on the pieces (Krell et al. 2021, "Efficient sequence packing without cross-contamination"):
-pieces of one length are interchangeable, so the search costs some multiple of the row length, whatever the
+lengths instead of on the pieces (Krell et al. 2021, "Efficient sequence packing without
+cross-contamination"): pieces of one length are interchangeable, so the search costs some multiple of the row length, whatever the
 number of documents, and only handing the real pieces to their slots is linear in it.
 """
 
@@ -80,7 +80,8 @@ class PackPlan:
         ``too_long`` says what happens to a document that does not fit in one row: ``cut`` it into
         consecutive pieces (nothing is lost), ``drop`` it, or ``truncate`` it to the first row. Documents of
         fewer than two tokens have no pair and are counted in ``num_too_short``. Pieces are shuffled by
-        ``seed`` and packed in windows of ``window`` pieces. Raises ConfigError when ``sequence_length`` is not positive.
+        ``seed`` and packed in windows of ``window`` pieces. Raises
+        ConfigError when ``sequence_length`` is not positive.
         """
         if sequence_length < 1:
             raise ConfigError(

@@ -10,13 +10,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hearth.config.recipe import FilterSection
 from hearth.data.chat import check_mask, prompt_is_prefix, render_conversation
-from hearth.data.filters import KEPT, chat_key, filter_chat, filter_text, split_hash, text_key
+from hearth.data.filters import chat_key, filter_chat, filter_text, split_hash, text_key
 from hearth.data.parse import BadInput, Document, ParseOptions, parse
 from hearth.data.sources import RawDocument
 from hearth.data.tokenizer import DataTokenizer
@@ -56,7 +57,7 @@ class TokenResult:
     tokens: list[npt.NDArray[np.int32]] = field(default_factory=list)
     masks: list[npt.NDArray[np.bool_]] = field(default_factory=list)
     num_bytes: list[int] = field(default_factory=list)
-    records: list[tuple[int, str]] = field(default_factory=list)  # source, id
+    records: list[dict[str, Any]] = field(default_factory=list)  # source, id, messages of a conversation
     num_round_trips: int = 0
     num_lossy: int = 0
     num_turns: int = 0
@@ -163,14 +164,14 @@ def _tokenize(documents: list[Document], tokenizer: DataTokenizer) -> TokenResul
             result.tokens.append(tokens)
             result.masks.append(mask)
             result.num_bytes.append(len(text.encode()))
-        result.records.append((document.source, document.id))
+        record: dict[str, Any] = {"source": document.source, "id": document.id}
+        if document.messages is not None:
+            record["messages"] = document.messages
+        result.records.append(record)
     return result
 
 
-def record_line(source: int, document_id: str, num_bytes: int, start: int, stop: int) -> bytes:
+def record_line(record: dict[str, Any], num_bytes: int, start: int, stop: int) -> bytes:
     """One line of ``documents.jsonl``."""
-    record = {"source": source, "id": document_id, "bytes": num_bytes, "start": start, "stop": stop}
+    record = {**record, "bytes": num_bytes, "start": start, "stop": stop}
     return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-
-
-__all__ = ["DROP", "KEPT", "BatchProcessor", "ProcessOptions", "ScanResult", "TokenResult", "record_line"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
-from hearth.data.dataset import Split
+from hearth.data.dataset import TokenSplit
 from hearth.data.packing import PackPlan, TooLong
 
 IGNORE = -100
@@ -34,26 +34,31 @@ class PackedRow:
 class PackedRows:
     """The rows of a split, by number; see ``hearth.data.order`` for the order to read them in.
 
-    ``too_long`` defaults to ``drop`` for conversations and ``cut`` for text.
+    Text longer than a row is cut into consecutive pieces. Conversations longer than a row are dropped and
+    counted in ``plan.num_dropped``, or with ``truncate`` cut off at the end of the row; in a dataset that
+    holds both, texts are treated like conversations.
     """
 
     def __init__(
         self,
-        split: Split,
+        split: TokenSplit,
         sequence_length: int,
         packing: bool = True,
         seed: int = 0,
         *,
-        too_long: TooLong | None = None,
+        truncate: bool = False,
     ) -> None:
         self.split = split
         self.sequence_length = sequence_length
+        too_long: TooLong = "cut"
+        if split.is_chat:
+            too_long = "truncate" if truncate else "drop"
         self.plan = PackPlan.build(
             split.lengths,
             sequence_length,
             packing=packing,
             seed=seed,
-            too_long=too_long or ("drop" if split.has_loss_mask else "cut"),
+            too_long=too_long,
         )
         tokenizer = split.dataset.manifest.tokenizer
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

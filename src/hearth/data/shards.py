@@ -5,7 +5,7 @@ Files of a split, all little-endian and flat:
     mask-00000.bin     chat: one bit a token, lowest bit first; 1 = counts in the loss
     offsets.bin        int64 [documents + 1], where each document starts, counted over all shards
     bytes.bin          int64 [documents], UTF-8 bytes of the text
-    documents.jsonl    one object a document: source, id, bytes, start, stop
+    documents.jsonl    one object a document: source, id, bytes, start, stop; messages of a conversation
     lines.bin          int64 [documents + 1], where each line of documents.jsonl starts
     ids.bin            uint64 [documents, 2], (hash of the id, document), sorted, to find a document by id
 """
@@ -128,7 +128,7 @@ class SplitWriter:
 
     def add(self, result: TokenResult) -> None:
         """Append the documents of a batch."""
-        for tokens, mask, num_bytes, (source, document_id) in zip(
+        for tokens, mask, num_bytes, record in zip(
             result.tokens, result.masks, result.num_bytes, result.records, strict=True
         ):
             shard = self._open_shard()
@@ -142,9 +142,9 @@ class SplitWriter:
             start = self._offsets[-1]
             self._offsets.append(start + len(tokens))
             self._num_bytes.append(num_bytes)
-            self._records.write(record_line(source, document_id, num_bytes, start, start + len(tokens)))
+            self._records.write(record_line(record, num_bytes, start, start + len(tokens)))
             self._lines.append(self._records.num_bytes)
-            self._ids.append(id_hash(document_id))
+            self._ids.append(id_hash(record["id"]))
 
     def _open_shard(self) -> Shard:
         if self._tokens is not None and self._shards[-1].tokens >= self._shard_tokens:

@@ -107,6 +107,11 @@ class DataTokenizer:
         encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt as serving encodes it: special tokens in the text count, bos is added if it is."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=True).ids
+        return ids
+
     def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of rendered chat text, as serving encodes it, and the span of characters of each."""
         encoding = self.backend.encode(text, add_special_tokens=False)
