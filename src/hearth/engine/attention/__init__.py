@@ -1,0 +1,1 @@
+"""Attention over paged keys and values: the interface to transformers, and two ways to compute it."""

@@ -1,0 +1,78 @@
+"""The settings of one engine. Torch-free."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hearth.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an engine loads and runs a model; a wrong value raises `ConfigError`.
+
+    dtype: "auto" computes in the dtype that the checkpoint is stored in, because what was trained is what is
+        served; one exception: float16 on a CPU, which has no fast float16 arithmetic, becomes float32.
+    device: "auto" is the first GPU, else the CPU.
+    max_model_len: prompt plus output, in tokens; None takes the model's own limit, or less if the KV cache
+        cannot hold one such sequence.
+    max_num_seqs: sequences that run at once; more of them wait.
+    max_num_batched_tokens: the token budget of one step; a longer prompt is computed in chunks.
+    kv_cache_memory: bytes for the KV cache; None takes what max_num_seqs x max_model_len tokens need, at most
+        40 % of the memory that is free after loading.
+    block_size: tokens in a KV block. prefix_cache: reuse the blocks of a prompt that starts like an earlier one.
+    prepack: rearrange the linear weights for the CPU's matrix units at load.
+    attention: "auto" chooses numba kernels on a CPU and torch elsewhere; "numba" and "torch" insist.
+    seed: the engine's source of randomness for requests without a seed of their own.
+    num_threads: CPU threads; None leaves torch's choice.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    kv_cache_memory: int | None = None
+    block_size: int = 32
+    prefix_cache: bool = True
+    prepack: bool = True
+    attention: str = "auto"
+    seed: int | None = None
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
+        if self.attention not in ("auto", "numba", "torch"):
+            raise ConfigError(f"attention is {self.attention!r}", fix="use auto, numba or torch")
+        for name, low in (("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("block_size", 1)):
+            _at_least(name, getattr(self, name), low)
+        for name, low in (("max_model_len", 2), ("kv_cache_memory", 1), ("num_threads", 1)):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), low)
+
+    @classmethod
+    def of(cls, **fields: Any) -> EngineConfig:
+        """The configuration with these fields; an unknown field is a `ConfigError` that lists the known ones."""
+        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
+        if unknown:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise ConfigError(f"unknown engine setting {', '.join(unknown)}", fix=f"use one of {known}")
+        return cls(**fields)
+
+    def with_(self, **changes: Any) -> EngineConfig:
+        return replace(self, **changes)
+
+
+def _at_least(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number, at least {low}")
+
+
+def default_num_threads() -> int:
+    """CPU threads that the operating system lets this process use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -1,0 +1,57 @@
+"""From a model reference to a model, a tokenizer and the facts that the engine needs of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hearth.engine.config import EngineConfig
+from hearth.errors import EngineError
+from hearth.models import load_model, load_tokenizer, resolve_reference
+
+
+@dataclass
+class LoadedModel:
+    """A model on its device, and its tokenizer; ``tokenizer`` is None where only token ids are used."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    path: Path | None = None
+
+
+def load(reference: str | Path, config: EngineConfig) -> LoadedModel:
+    """Open ``reference`` (registry name, directory, hf:org/name) as `EngineConfig` asks for it."""
+    path = resolve_reference(reference)
+    device = choose_device(config.device)
+    tokenizer = load_tokenizer(path)
+    try:
+        model = load_model(path, dtype=config.dtype, device="cpu")
+        if config.dtype == "auto" and model.dtype is torch.float16 and device.type == "cpu":
+            model = model.float()
+        return LoadedModel(model.to(device), tokenizer, path)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise EngineError(
+            f"not enough memory to load {path}: {error}", fix="use a smaller model or a smaller dtype"
+        ) from error
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a sequence: of the generation config, else of the config, else of the tokenizer."""
+    generation = getattr(model, "generation_config", None)
+    for source in (generation, model.config.get_text_config(decoder=True), tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        if isinstance(value, int):
+            return (value,)
+        if value:
+            return tuple(int(token_id) for token_id in value)
+    return ()

@@ -1,0 +1,135 @@
+"""What a caller may ask of one request. Torch-free, and checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hearth.errors import RequestError
+
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to continue a prompt. Every wrong value raises `RequestError` naming the field.
+
+    max_tokens: tokens to generate at most; None means up to the model's context.
+    min_tokens: no end-of-sequence, stop token or stop string ends the text before this many tokens.
+    temperature: 0 is greedy. top_p in (0, 1]; top_k 0 (or -1) is off; min_p in [0, 1].
+    seed: makes the request reproducible, whatever else is in the batch; sequence i of n draws from (seed, i).
+    stop: texts that end the generation and are not part of it. stop_token_ids: likewise, as ids.
+    repetition_penalty: > 1 discourages tokens of prompt and output (CTRL, arXiv 1909.05858).
+    presence_penalty, frequency_penalty: OpenAI's, over the output only.
+    logit_bias: added to the logits, by token id.
+    logprobs: None, or how many most likely tokens to report at each position, 0 to 20. They are taken
+        from the model's own distribution, before penalties, bias and temperature.
+    """
+
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._normalise()
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, None)
+        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _number("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _integer("top_k", self.top_k, 0, None)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _integer("seed", self.seed, -(2**63), 2**64 - 1)
+        _integer("n", self.n, 1, 128)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(
+                f"ignore_eos is {self.ignore_eos!r}; it must be true or false", param="ignore_eos"
+            )
+        if len(self.stop) > MAX_STOPS:
+            raise RequestError(
+                f"stop has {len(self.stop)} texts; at most {MAX_STOPS} are allowed", param="stop"
+            )
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise RequestError(
+                    f"stop contains {text!r}; every stop must be a text that is not empty", param="stop"
+                )
+        for token_id in self.stop_token_ids:
+            _integer("stop_token_ids", token_id, 0, None)
+        for token_id, bias in self.logit_bias.items():
+            _integer("logit_bias", token_id, 0, None)
+            _number("logit_bias", bias, -100.0, 100.0)
+
+    def _normalise(self) -> None:
+        """Accept one stop text, lists for tuples, string keys in logit_bias (JSON has no other), top_k -1."""
+        stop: Any = self.stop
+        _set(
+            self,
+            "stop",
+            () if stop is None else (stop,) if isinstance(stop, str) else _as_tuple("stop", stop),
+        )
+        _set(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids or ()))
+        if self.top_k == -1:
+            _set(self, "top_k", 0)
+        try:
+            _set(self, "logit_bias", {int(key): value for key, value in dict(self.logit_bias or {}).items()})
+        except (TypeError, ValueError):
+            raise RequestError(
+                f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers", param="logit_bias"
+            ) from None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def _set(target: SamplingParams, name: str, value: object) -> None:
+    object.__setattr__(target, name, value)
+
+
+def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise RequestError(f"{name} is {value!r}; it must be a list", param=name)
+    return tuple(value)
+
+
+def _integer(name: str, value: object, low: int, high: int | None) -> None:
+    allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} is {value!r}; it must be a whole number, {allowed}", param=name)
+    if value < low or (high is not None and value > high):
+        raise RequestError(f"{name} is {value}; it must be {allowed}", param=name)
+
+
+def _number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> None:
+    allowed = f"{'above' if low_open else 'at least'} {low:g} and at most {high:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RequestError(f"{name} is {value!r}; it must be a number {allowed}", param=name)
+    if not low <= value <= high or (low_open and value == low):
+        raise RequestError(f"{name} is {value:g}; it must be {allowed}", param=name)

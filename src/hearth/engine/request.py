@@ -1,0 +1,64 @@
+"""One sequence on its way through the engine."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from hearth.engine.params import SamplingParams
+
+
+class RequestState(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """Tokens, how many of them are computed, and the blocks that hold their keys and values.
+
+    A request for n sequences becomes n of these, with the same ``request_id`` and different ``index``.
+    There are no phases: prefill, a chunk of it, decode and recomputation after a preemption are all
+    "``num_computed`` catches up with ``len(tokens)``".
+    """
+
+    request_id: str
+    index: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_new_tokens: int  # max_tokens, cut at the context length
+    arrival: int = 0
+    tokens: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_committed: int = 0  # full blocks that the prefix cache has seen
+    num_cached: int = 0  # prompt tokens found in the prefix cache when first admitted
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    state: RequestState = RequestState.WAITING
+    num_preemptions: int = 0
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        assert self.prompt_token_ids, "an empty prompt must be refused before a request is made"
+        self.tokens = list(self.prompt_token_ids)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return (self.request_id, self.index)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - len(self.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.tokens[len(self.prompt_token_ids) :]
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed

@@ -1,0 +1,3 @@
+"""Helpers of the engine's tests."""
+
+from __future__ import annotations
