@@ -1,0 +1,118 @@
+"""Answers have OpenAI's shapes, checked with the types of its official client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from hearth.serving.answers import (
+    ChatDialect,
+    Choice,
+    CompletionDialect,
+    Delta,
+    Dialect,
+    Heading,
+    PlainDialect,
+    TokenLogprob,
+    Usage,
+)
+
+HEADING = Heading("id-1", 1700000000, "tiny@3")
+USAGE = Usage(7, 5, 4)
+LOGPROB = TokenLogprob(
+    "hé", -0.5, (104, 195, 169), (TokenLogprob("a", -1.0, (97,)), TokenLogprob("b", -2.0, (98,)))
+)
+DELTAS = [
+    Delta(0, "hé", 1, (LOGPROB,)),
+    Delta(1, "x", 1, (TokenLogprob("x", -0.1, (120,)),)),
+    Delta(0, "llo", 2, (TokenLogprob("l", -0.2), TokenLogprob("lo", -0.3)), "stop"),
+    Delta(1, "", 1, (TokenLogprob("</s>", -0.4),), "length"),
+]
+
+
+def grow(deltas: list[Delta], num_choices: int) -> list[Choice]:
+    choices = [Choice() for _ in range(num_choices)]
+    for delta in deltas:
+        choices[delta.choice].add(delta)
+    return choices
+
+
+def stream(dialect: Dialect, deltas: list[Delta], num_choices: int) -> list[dict[str, Any]]:
+    events = [*dialect.start(num_choices), *map(dialect.delta, deltas)]
+    usage = dialect.usage(USAGE)
+    return events + ([usage] if usage is not None else [])
+
+
+def test_a_whole_chat_answer() -> None:
+    dialect = ChatDialect(HEADING, logprobs=True, include_usage=False)
+    answer = ChatCompletion.model_validate(dialect.whole(grow(DELTAS, 2), USAGE), strict=True)
+    assert answer.model == "tiny@3"
+    assert [choice.message.content for choice in answer.choices] == ["héllo", "x"]
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "length"]
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (
+        7,
+        5,
+        12,
+    )
+    assert answer.usage.prompt_tokens_details.cached_tokens == 4
+    (first, *_) = answer.choices[0].logprobs.content
+    assert (first.token, first.bytes, first.top_logprobs[1].token) == ("hé", [104, 195, 169], "b")
+
+
+def test_a_streamed_chat_answer() -> None:
+    dialect = ChatDialect(HEADING, logprobs=False, include_usage=True)
+    chunks = [ChatCompletionChunk.model_validate(chunk, strict=True) for chunk in stream(dialect, DELTAS, 2)]
+    assert [chunk.choices[0].delta.role for chunk in chunks[:2]] == ["assistant", "assistant"]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    text = "".join(c.choices[0].delta.content or "" for c in chunks[:-1] if c.choices[0].index == 0)
+    assert text == "héllo"
+
+
+def test_a_whole_completion_with_echo_and_offsets() -> None:
+    dialect = CompletionDialect(HEADING, logprobs=True, include_usage=False, echo=["say ", "go "])
+    answer = Completion.model_validate(dialect.whole(grow(DELTAS, 2), USAGE), strict=True)
+    assert [choice.text for choice in answer.choices] == ["say héllo", "go x"]
+    logprobs = answer.choices[0].logprobs
+    assert logprobs.tokens == ["hé", "l", "lo"]
+    assert logprobs.text_offset == [4, 6, 7]
+    assert logprobs.top_logprobs[0] == {"a": -1.0, "b": -2.0}
+
+
+def test_a_streamed_completion_offsets_continue() -> None:
+    dialect = CompletionDialect(HEADING, logprobs=True, include_usage=False)
+    choices = [chunk["choices"][0] for chunk in stream(dialect, DELTAS, 2)]
+    offsets = [offset for c in choices if c["index"] == 0 for offset in c["logprobs"]["text_offset"]]
+    assert offsets == [0, 2, 3]
+
+
+def test_plain_answers() -> None:
+    dialect = PlainDialect(HEADING)
+    one = dialect.whole(grow([DELTAS[0], DELTAS[2]], 1), USAGE)
+    assert (one["text"], one["finish_reason"], one["model"]) == ("héllo", "stop", "tiny@3")
+    assert "choices" not in one
+    assert [choice["text"] for choice in dialect.whole(grow(DELTAS, 2), USAGE)["choices"]] == ["héllo", "x"]
+    events = stream(dialect, [DELTAS[0], DELTAS[2]], 1)
+    assert [event.get("text") for event in events] == ["hé", "llo", None]
+    assert events[-1]["usage"]["total_tokens"] == 12
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.text(max_size=4)), max_size=20))
+def test_streamed_pieces_join_to_the_whole(pieces: list[tuple[int, str]]) -> None:
+    deltas = [Delta(choice, text, 1) for choice, text in pieces]
+    whole = grow(deltas, 3)
+    for dialect, read in (
+        (ChatDialect(HEADING, logprobs=False, include_usage=False), lambda c: c["delta"].get("content", "")),
+        (CompletionDialect(HEADING, logprobs=False, include_usage=False), lambda c: c["text"]),
+    ):
+        joined = ["", "", ""]
+        for chunk in stream(dialect, deltas, 3):
+            for choice in chunk["choices"]:
+                joined[choice["index"]] += read(choice)
+        assert joined == [choice.text for choice in whole]
