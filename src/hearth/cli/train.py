@@ -1,0 +1,109 @@
+"""`hearth train RECIPE`: train a model from a recipe, or go on with a run that stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hearth.cli.output import note, print_json, print_table
+from hearth.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hearth.config import Recipe
+    from hearth.training import TrainingPlan
+    from hearth.workspace import Run, Workspace
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--resume", metavar="RUN", help="Go on with this run from its newest sound checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done, in numbers, and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def train(
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    resume: str | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Train a model from RECIPE, a YAML or TOML file; KEY=VALUE overrides its settings.
+
+    With --resume RUN the recipe may be left out: the run's own is used. Ctrl-C finishes the step, saves a
+    checkpoint and prints the command that goes on.
+    """
+    from hearth.workspace import Workspace
+
+    if recipe is not None and "=" in recipe and not Path(recipe).exists():
+        overrides, recipe = (recipe, *overrides), None
+    if recipe is None and resume is None:
+        raise ConfigError("no recipe given", fix="hearth train RECIPE, or hearth train --resume RUN")
+    with Workspace.open() as workspace:
+        loaded = _load(recipe, overrides, resume, workspace)
+        # torch and transformers take seconds to load; a recipe that is wrong is refused before that.
+        from hearth.training import Trainer
+
+        trainer = Trainer.from_recipe(loaded, workspace=workspace, resume=resume, progress=not quiet)
+        if dry_run:
+            _print_plan(trainer.plan(), as_json=as_json)
+            return
+        _print_result(trainer.fit(), as_json=as_json)
+
+
+def _load(recipe: str | None, overrides: tuple[str, ...], resume: str | None, workspace: Workspace) -> Recipe:
+    from hearth.config import load_recipe
+
+    if recipe is None:
+        assert resume is not None
+        run = workspace.runs.get(resume)
+        stored = run.dir / "recipe.yaml"
+        if not stored.is_file():
+            raise ConfigError(f"run {run.id} has no recipe", fix=f"hearth train RECIPE --resume {run.id}")
+        # The stored recipe is complete; the environment of today must not change it.
+        return load_recipe(stored, overrides, environ={}).recipe
+    loaded = load_recipe(recipe, overrides).recipe
+    if loaded.track.name is None:
+        track = loaded.track.model_copy(update={"name": Path(recipe).stem})
+        loaded = loaded.model_copy(update={"track": track})
+    return loaded
+
+
+def _print_plan(plan: TrainingPlan, *, as_json: bool) -> None:
+    if as_json:
+        print_json(plan.as_dict())
+        return
+    rows: list[tuple[str, str]] = [
+        (
+            "model",
+            f"{plan.architecture}, {plan.parameters:,} parameters, {plan.trainable_parameters:,} train",
+        ),
+        ("dataset", plan.dataset),
+        ("rows", f"{plan.rows:,} of {plan.sequence_length} tokens; {plan.eval_rows:,} held out"),
+        ("steps", f"{plan.steps:,} of {plan.batch_size} rows (micro-batches of {plan.micro_batch_size})"),
+        ("tokens", f"{plan.total_tokens:,} with padding: {plan.epochs:.2f} epochs"),
+        ("arithmetic", f"{plan.precision} on {plan.device}, {plan.flops_per_token:.3g} FLOP per token"),
+        ("memory", f"about {plan.memory_bytes / 2**30:.2f} GiB"),
+    ]
+    print_table(("what", "how much"), rows, title="Plan")
+
+
+def _print_result(run: Run, *, as_json: bool) -> None:
+    summary: dict[str, Any] = {"run": run.id, "status": run.status, **run.summary}
+    if as_json:
+        print_json(summary)
+        return
+    shown = [("run", run.id), ("steps", f"{summary['steps']:,}"), ("tokens", f"{summary['num_tokens']:,}")]
+    for key, label in (("loss", "loss"), ("eval_loss", "held-out loss"), ("best_eval_loss", "best held-out")):
+        if summary.get(key) is not None:
+            shown.append((label, f"{summary[key]:.4f}"))
+    if summary.get("tokens_per_second") is not None:
+        shown.append(("speed", f"{summary['tokens_per_second']:,.0f} tokens/s, MFU {summary['mfu']:.1%}"))
+    shown.append(("model", summary["model_dir"]))
+    if summary.get("version"):
+        shown.append(("registered as", summary["version"]))
+    print_table(("result", ""), shown)
+    note(f"try it: hearth generate {summary.get('version') or summary['model_dir']} 'Once upon a time'")

@@ -1,0 +1,110 @@
+"""From a recipe to the parts of a trainer: data, tokenizer, model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hearth.config import Recipe
+from hearth.errors import ConfigError
+from hearth.models import build_model, load_tokenizer, resolve_reference
+from hearth.training.adapter import add_adapter
+
+if TYPE_CHECKING:
+    from hearth.data import Dataset
+    from hearth.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What ``Trainer.from_recipe`` needs."""
+
+    workspace: Workspace
+    dataset: Dataset
+    tokenizer: Any
+    model: Any
+    has_validation: bool
+    base_reference: str | None
+
+
+def assemble(recipe: Recipe, *, workspace: Workspace | None, progress: bool) -> Parts:
+    """Prepare the data, open the tokenizer, build the model. Raises InputError for what cannot work."""
+    from hearth.workspace import Workspace
+
+    workspace = workspace or Workspace.open()
+    base_dir = None if recipe.model.base is None else resolve_reference(recipe.model.base, workspace)
+    dataset = open_dataset(recipe, workspace, base_dir, progress=progress)
+    tokenizer = choose_tokenizer(dataset.tokenizer_dir, base_dir)
+    model: Any = build_model(
+        recipe.model,
+        vocab_size=len(tokenizer),
+        tokenizer=tokenizer,
+        seed=recipe.train.seed,
+        workspace=workspace,
+    )
+    _check_length(recipe, model)
+    if recipe.model.adapter is not None:
+        model = add_adapter(model, recipe.model.adapter, seed=recipe.train.seed)
+    has_validation = dataset.split("validation").num_documents > 0
+    return Parts(workspace, dataset, tokenizer, model, has_validation, recipe.model.base)
+
+
+def open_dataset(recipe: Recipe, workspace: Workspace, base_dir: Path | None, *, progress: bool) -> Dataset:
+    """The dataset of ``data.dataset``, or of ``data.sources`` prepared in the workspace and reused there."""
+    from hearth.data import Dataset, prepare_in_folder
+
+    if recipe.data.dataset is not None:
+        return Dataset.open(Path(recipe.data.dataset))
+    if not recipe.data.sources:
+        raise ConfigError(
+            "the recipe has no data", fix="give data.sources, or data.dataset with a prepared dataset"
+        )
+    tokenizer_dir = _tokenizer_dir(recipe, workspace, base_dir)
+    from hearth.training.preparing import PreparationProgress
+
+    with PreparationProgress(enabled=progress) as shown:
+        folder = workspace.root / "datasets"
+        dataset = prepare_in_folder(recipe, folder, tokenizer_dir=tokenizer_dir, progress=shown)
+    workspace.lineage.add_many(dataset.lineage_edges)
+    return dataset
+
+
+def _tokenizer_dir(recipe: Recipe, workspace: Workspace, base_dir: Path | None) -> Path | None:
+    base = recipe.tokenizer.base
+    if base is None:
+        return base_dir
+    if (Path(base).expanduser() / "tokenizer.json").is_file():
+        return Path(base).expanduser()
+    return resolve_reference(base, workspace)
+
+
+def choose_tokenizer(dataset_dir: Path, base_dir: Path | None) -> Any:
+    """The tokenizer that goes with the model: that of the base, with its template; else the dataset's.
+
+    A base without a chat template takes over the dataset's. Raises ConfigError when the two tokenizers
+    number the tokens differently.
+    """
+    tokenizer = load_tokenizer(dataset_dir)
+    if base_dir is None:
+        return tokenizer
+    base = load_tokenizer(base_dir)
+    if base.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"the dataset was made with another tokenizer ({len(tokenizer)} tokens) than that of model.base "
+            f"({len(base)} tokens)",
+            fix="prepare the data with the tokenizer of the base: leave tokenizer.base out",
+        )
+    if base.chat_template is None and tokenizer.chat_template is not None:
+        return tokenizer
+    return base
+
+
+def _check_length(recipe: Recipe, model: Any) -> None:
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if longest is not None and recipe.data.sequence_length > longest:
+        raise ConfigError(
+            f"data.sequence_length {recipe.data.sequence_length} exceeds the model's context of {longest}",
+            fix=f"use at most {longest}",
+        )

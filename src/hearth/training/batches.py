@@ -1,0 +1,138 @@
+"""From packed rows to tensors, and where in the data a run stands.
+
+The order of rows is a pure function of (seed, epoch, position), so the position is one number: how many rows
+the optimizer steps so far have consumed. Shape suffixes: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hearth.data.order import row_index
+from hearth.errors import DataError
+
+IGNORE = -100
+
+
+class Rows(Protocol):
+    """A sequence of packed rows, such as ``hearth.data.PackedRows``."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """A row with input_ids, labels, position_ids and segment_ids, each an array of T integers."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as tensors.
+
+    ``labels_BT[b, t]`` is the target of input t, or -100; ``position_ids_BT`` starts again at 0 in each
+    document; ``segment_ids_BT`` numbers the documents of a row, -1 is padding.
+    """
+
+    input_ids_BT: Tensor
+    labels_BT: Tensor
+    position_ids_BT: Tensor
+    segment_ids_BT: Tensor
+    num_valid: int  # labels that count
+    num_tokens: int  # positions that are not padding
+    rows: tuple[int, ...] = ()  # which rows these are
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        if device.type == "cpu":
+            return self
+        names = ("input_ids_BT", "labels_BT", "position_ids_BT", "segment_ids_BT")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return Batch(**moved, num_valid=self.num_valid, num_tokens=self.num_tokens, rows=self.rows)
+
+
+def _field(row: Any, name: str) -> Any:
+    return row[name] if isinstance(row, dict) else getattr(row, name)
+
+
+def collate(rows: Rows, indices: Sequence[int]) -> Batch:
+    """Stack rows into a batch."""
+    found = [rows[index] for index in indices]
+    names = ("input_ids", "labels", "position_ids", "segment_ids")
+    arrays = {
+        name: np.stack([np.asarray(_field(row, name), dtype=np.int64) for row in found]) for name in names
+    }
+    tensors = {f"{name}_BT": torch.from_numpy(array) for name, array in arrays.items()}
+    return Batch(
+        **tensors,
+        num_valid=int((arrays["labels"] != IGNORE).sum()),
+        num_tokens=int((arrays["segment_ids"] >= 0).sum()),
+        rows=tuple(indices),
+    )
+
+
+def row_at(consumed: int, *, seed: int, num_rows: int) -> int:
+    """Which row follows after ``consumed`` rows; each epoch has its own order."""
+    epoch, position = divmod(consumed, num_rows)
+    return row_index(seed, epoch, position, num_rows)
+
+
+def step_rows(step: int, *, batch_size: int, seed: int, num_rows: int) -> list[int]:
+    """The rows of an optimizer step; a step may reach over the end of an epoch."""
+    first = step * batch_size
+    return [row_at(first + offset, seed=seed, num_rows=num_rows) for offset in range(batch_size)]
+
+
+def as_rows(
+    dataset: Any, *, split: str, sequence_length: int, packing: bool, seed: int, truncate: bool
+) -> Rows | None:
+    """Packed rows of a Hearth dataset, of one split of it, or rows as they are. None stays None."""
+    if dataset is None:
+        return None
+    if hasattr(dataset, "split") and callable(dataset.split):
+        dataset = dataset.split(split)
+    if hasattr(dataset, "tokens") and hasattr(dataset, "lengths"):
+        from hearth.data import PackedRows
+
+        rows: Rows = PackedRows(dataset, sequence_length, packing=packing, seed=seed, truncate=truncate)
+        return rows
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise DataError(
+            f"{type(dataset).__name__} is no dataset",
+            fix="give a hearth.data.Dataset, one split of it, or a sequence of packed rows",
+        )
+    given: Rows = dataset
+    return given
+
+
+def fingerprint_of(dataset: Any, rows: Rows) -> str:
+    """The dataset's own fingerprint; for plain rows a hash of their number, the first and the last."""
+    own = getattr(dataset, "fingerprint", None)
+    if isinstance(own, str):
+        return own
+    digest = hashlib.sha256(str(len(rows)).encode())
+    for index in {0, len(rows) - 1}:
+        digest.update(np.asarray(_field(rows[index], "input_ids"), dtype="<i8").tobytes())
+    return f"rows-{digest.hexdigest()[:32]}"
+
+
+def describe_row(rows: Rows, index: int) -> str:
+    """The documents in a row, for messages: where to look when a row breaks training."""
+    plan, split = getattr(rows, "plan", None), getattr(rows, "split", None)
+    if plan is None or split is None:
+        return f"row {index}"
+    first, last = int(plan.row_starts[index]), int(plan.row_starts[index + 1])
+    documents = list(dict.fromkeys(int(document) for document in plan.documents[first:last]))
+    names = []
+    for document in documents[:5]:
+        info = split.document_info(document)
+        fields = info if isinstance(info, dict) else vars(info)
+        known = [str(fields[key]) for key in ("source", "path", "id") if fields.get(key)]
+        names.append(f"document {document} ({', '.join(known)})" if known else f"document {document}")
+    more = f" and {len(documents) - 5} more" if len(documents) > 5 else ""
+    return f"row {index}: {'; '.join(names)}{more}"

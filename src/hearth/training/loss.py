@@ -1,0 +1,167 @@
+"""The loss of a causal language model: a sum over valid tokens, and how many there were.
+
+Every objective divides by the number of valid tokens of the whole optimizer step, so the result does not
+depend on how a step is cut into micro-batches or how documents are packed into rows.
+
+Shape suffixes: B rows, T positions, D hidden size, V vocabulary, N valid positions.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hearth.training.batches import Batch
+
+IGNORE = -100
+# Logits are made this many at a time: small enough for the CPU's cache, large enough for a GPU.
+_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+
+_heads: weakref.WeakKeyDictionary[nn.Module, tuple[nn.Module, nn.Linear] | None] = weakref.WeakKeyDictionary()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of ``hidden @ weight.T``, without ever holding all logits.
+
+    The gradient of a sum does not depend on what comes after it but for one factor, so both gradients are
+    made together with the loss, chunk by chunk, and only scaled in ``backward``. This is the scheme of
+    Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024), in plain torch with reused buffers.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, compute: torch.dtype
+    ) -> Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        num = hidden_ND.shape[0]
+        vocab = weight_VD.shape[0]
+        exact = torch.float64 if compute == torch.float64 else torch.float32
+        hidden, weight = hidden_ND.to(compute), weight_VD.to(compute)
+        chunk = max(64, min(num, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24) // vocab))
+        logits_buffer = torch.empty(chunk, vocab, dtype=compute, device=hidden.device)
+        exact_buffer = logits_buffer if compute == exact else torch.empty_like(logits_buffer, dtype=exact)
+        grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=exact) if need_weight else None
+        partial = torch.empty_like(weight) if need_weight and compute != exact else None
+        total = torch.zeros((), dtype=exact, device=hidden.device)
+        rows = torch.arange(chunk, device=hidden.device)
+        for start in range(0, num, chunk):
+            stop = min(start + chunk, num)
+            h, y = hidden[start:stop], labels_N[start:stop]
+            logits, scores = logits_buffer[: stop - start], exact_buffer[: stop - start]
+            torch.mm(h, weight.T, out=logits)
+            if scores is not logits:
+                scores.copy_(logits)
+            picked = scores.gather(1, y[:, None])
+            largest = scores.amax(-1, keepdim=True)
+            scores.sub_(largest).exp_()
+            sums = scores.sum(-1, keepdim=True)
+            total += (sums.log() + largest - picked).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            scores.mul_(sums.reciprocal_())
+            scores[rows[: stop - start], y] -= 1.0
+            if scores is not logits:
+                logits.copy_(scores)
+            if grad_hidden is not None:
+                grad_hidden[start:stop] = logits @ weight
+            if grad_weight is not None:
+                if partial is None:
+                    grad_weight.addmm_(logits.T, h)
+                else:
+                    grad_weight += torch.mm(logits.T, h, out=partial)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * scale
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def linear_cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+    """Sum over N of the cross-entropy of hidden · weightᵀ; products in autocast's type where it is on."""
+    device = hidden_ND.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+    apply: Any = _LinearCrossEntropy.apply
+    # Inside, types are chosen by hand; autocast would convert the buffers behind our back.
+    with torch.autocast(device, enabled=False):
+        return cast(Tensor, apply(hidden_ND, weight_VD, labels_N, compute))
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT wrapper."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+def split_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
+    """Decoder and output layer, if the model's logits are exactly ``head(decoder(ids))``; None otherwise.
+
+    Some architectures scale or cap their logits; whether one does is found by trying it on a few tokens.
+    """
+    if model not in _heads:
+        _heads[model] = _probe_head(model)
+    return _heads[model]
+
+
+def _probe_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
+    inner = unwrap(model)
+    try:
+        decoder, head = inner.base_model, inner.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    if decoder is inner or type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
+        return None
+    device = head.weight.device
+    ids = torch.arange(1, 9, device=device).remainder(head.weight.shape[0])[None]
+    was_training = inner.training
+    inner.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            whole = inner(input_ids=ids, use_cache=False).logits
+            hidden = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
+            same = hidden is not None and torch.equal(head(hidden), whole)
+    except (RuntimeError, TypeError, ValueError):
+        same = False
+    finally:
+        inner.train(was_training)
+    return (decoder, head) if same else None
+
+
+def token_loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """Sum of the losses of a batch's valid labels, and their number. Differentiable; 0 for no valid label.
+
+    Rows are packed: there is no attention mask, and positions that start again at 0 tell transformers where
+    documents begin. That detection needs ``use_cache=False``: a cache turns it off.
+    """
+    labels_N = batch.labels_BT.reshape(-1)
+    valid_N = labels_N != IGNORE
+    num_valid = int(batch.num_valid)
+    inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT, "use_cache": False}
+    split = split_head(model)
+    if split is None:
+        logits = model(**inputs).logits
+        logits_NV = logits.reshape(-1, logits.shape[-1])
+        exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        loss = F.cross_entropy(logits_NV.to(exact), labels_N, ignore_index=IGNORE, reduction="sum")
+        return loss, num_valid
+    decoder, head = split
+    hidden_BTD = decoder(**inputs).last_hidden_state
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    if num_valid == 0:
+        return hidden_ND.sum() * 0.0, 0
+    if num_valid < labels_N.numel():
+        index = valid_N.nonzero()[:, 0]
+        hidden_ND, labels_N = hidden_ND.index_select(0, index), labels_N.index_select(0, index)
+    return linear_cross_entropy_sum(hidden_ND, head.weight, labels_N), num_valid

@@ -1,0 +1,63 @@
+"""What a finished run leaves behind: a plain model directory, the adapter, a registered version."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hearth.config import recipe_hash, to_dict
+from hearth.models import save_model
+from hearth.training.adapter import merge_adapter, save_adapter
+
+if TYPE_CHECKING:
+    from hearth.training.checkpoint import CheckpointStore
+    from hearth.training.trainer import Trainer
+    from hearth.workspace import Run, Workspace
+
+
+def leave_result(trainer: Trainer, run: Run, workspace: Workspace, store: CheckpointStore) -> dict[str, Any]:
+    """Write ``RUN/model`` (and ``RUN/adapter``), register it where the recipe says so; facts for the summary.
+
+    The result has the last weights; with early stopping, those of the best evaluation.
+    """
+    config = trainer.config
+    best = store.best()
+    from_step = trainer.state.step
+    if config.train.early_stopping_patience and best is not None:
+        checkpoint = store.load(best)
+        trainer.load_weights(checkpoint)
+        from_step = checkpoint.step
+    facts: dict[str, Any] = {"model_dir": str(run.dir / "model"), "model_step": from_step}
+    model: Any = trainer.model
+    if config.model.adapter is not None:
+        save_adapter(model, run.dir / "adapter")
+        facts["adapter_dir"] = str(run.dir / "adapter")
+        model = merge_adapter(model)
+    with torch.no_grad():
+        save_model(model, trainer.tokenizer, run.dir / "model")
+    if config.register_.name is not None:
+        version = workspace.registry.create_version(
+            config.register_.name,
+            run.dir / "model",
+            run_id=run.id,
+            recipe=to_dict(config),
+            recipe_hash=recipe_hash(config),
+            dataset_fingerprint=trainer.dataset_fingerprint,
+            parent=_parent(trainer, workspace),
+            tags=dict(config.register_.tags),
+        )
+        facts["version"] = version.ref
+    return facts
+
+
+def _parent(trainer: Trainer, workspace: Workspace) -> str | None:
+    """The version that training started from, when it is in the registry; a directory has no version."""
+    from hearth.errors import NotFoundError
+
+    if trainer.base_reference is None:
+        return None
+    try:
+        return str(workspace.registry.get(trainer.base_reference).ref)
+    except NotFoundError:
+        return None

@@ -1,0 +1,278 @@
+"""One execution of a trainer: its run record, checkpoints, signals, progress, and what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hearth.config import recipe_hash, to_dict, to_yaml
+from hearth.errors import HearthError, Interrupted
+from hearth.models import flops_per_token, num_parameters
+from hearth.training import rng
+from hearth.training.checkpoint import CheckpointStore
+from hearth.training.progress import TrainingProgress
+from hearth.training.result import leave_result
+from hearth.training.signals import StopSignals
+
+if TYPE_CHECKING:
+    from hearth.training.trainer import StepResult, Trainer
+    from hearth.workspace import Run, Workspace
+
+# The random state of a run starts apart from that of the initialisation.
+_RUN_SEED_OFFSET = 0x5EED
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Session:
+    """Drives ``Trainer.train_step`` from the first step, or the resumed one, to the last."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.config = trainer.config
+        self._train_seconds = 0.0
+        self._train_tokens = 0
+        self._window_seconds = 0.0
+        self._window_tokens = 0
+        self._eval_loss: float | None = None
+        self._last_saved: Path | None = None
+        self._flops = flops_per_token(_config_model(trainer), trainer._sequence_length())
+        self._peak = trainer.peak_flops()
+
+    def run(self) -> Run:
+        """Execute, and record how it ended whatever happens."""
+        trainer = self.trainer
+        from hearth.workspace import Workspace
+
+        with contextlib.ExitStack() as stack:
+            workspace = trainer.workspace or stack.enter_context(Workspace.open())
+            run = self._open_run(workspace)
+            trainer.run = run
+            try:
+                self._execute(run)
+                summary = {**self._summary(run), **leave_result(trainer, run, workspace, self.store)}
+            except (Interrupted, KeyboardInterrupt) as error:
+                run.finish("interrupted", summary=self._summary(run), error=str(error) or "interrupted")
+                raise
+            except BaseException as error:
+                run.finish("failed", summary=self._summary(run), error=_first_line(error))
+                raise
+            run.finish("finished", summary=summary)
+            return run
+
+    def _open_run(self, workspace: Workspace) -> Run:
+        trainer, config = self.trainer, self.config
+        if trainer._resume is not None:
+            run = workspace.runs.resume(trainer._resume)
+        else:
+            run = workspace.runs.create(
+                "train",
+                name=config.track.name or f"{config.train.objective}",
+                recipe=to_dict(config),
+                recipe_hash=recipe_hash(config),
+                tags=dict(config.track.tags),
+            )
+        self.store = CheckpointStore(run.dir, keep=config.checkpoint.keep, warn=self._warn)
+        try:
+            if trainer._resume is not None:
+                self._load(run)
+            else:
+                (run.dir / "recipe.yaml").write_text(to_yaml(config), encoding="utf-8")
+                rng.seed_everything(config.train.seed + _RUN_SEED_OFFSET)
+            workspace.lineage.add(f"dataset:{trainer.dataset_fingerprint}", f"run:{run.id}", "trained")
+        except BaseException as error:
+            run.finish("interrupted" if trainer._resume else "failed", error=_first_line(error))
+            raise
+        return run
+
+    def _load(self, run: Run) -> None:
+        checkpoint = self.store.load_newest()
+        self.trainer.load_checkpoint(checkpoint)
+        self.store.discard_after(checkpoint.step)
+        run.discard_metrics_after(checkpoint.step)
+
+    def _warn(self, message: str) -> None:
+        TrainingProgress(first_step=0, total_steps=0, enabled=False).warn(message)
+
+    # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def _execute(self, run: Run) -> None:
+        trainer = self.trainer
+        with (
+            TrainingProgress(
+                first_step=trainer.state.step,
+                total_steps=trainer.total_steps,
+                enabled=trainer._show_progress,
+            ) as progress,
+            StopSignals(self._on_signal),
+        ):
+            self.progress = progress
+            self._announce(run)
+            stopped_early = False
+            while trainer.state.step < trainer.total_steps and not stopped_early:
+                result = trainer.train_step(trainer.state.step)
+                stopped_early = self._after_step(run, result)
+                if trainer._stop_reason is not None and trainer.state.step < trainer.total_steps:
+                    self._stop(run)
+            self._evaluate_at_end(run)
+            if self._last_saved is None or self._saved_step() != trainer.state.step:
+                self._save(run)
+
+    def _announce(self, run: Run) -> None:
+        plan = self.trainer.plan()
+        start = f"going on from step {self.trainer.state.step}, " if self.trainer.state.step else ""
+        self.progress.say(
+            f"run {run.id}: {start}{plan.parameters / 1e6:.2f} M parameters"
+            + (
+                f" ({plan.trainable_parameters / 1e6:.2f} M train)"
+                if plan.trainable_parameters != plan.parameters
+                else ""
+            )
+            + f", {plan.rows} rows of {plan.sequence_length} tokens, {plan.steps} steps of "
+            f"{plan.batch_size} rows ({plan.epochs:.2f} epochs), {plan.precision} on {plan.device}"
+        )
+
+    def _on_signal(self, name: str) -> None:
+        self.trainer.request_stop(name)
+        self.progress.say(f"{name}: finishing the step and saving; once more stops at once without saving")
+
+    def _after_step(self, run: Run, result: StepResult) -> bool:
+        """Record, evaluate, save. True when training should end early."""
+        trainer, section = self.trainer, self.config.train
+        state = trainer.state
+        state.step += 1
+        state.num_tokens += result.num_tokens
+        state.last_loss = result.loss
+        self._train_seconds += result.seconds
+        self._train_tokens += result.num_tokens
+        self._window_seconds += result.seconds
+        self._window_tokens += result.num_tokens
+        if state.step % section.log_every == 0 or state.step == trainer.total_steps:
+            rate = self._window_tokens / self._window_seconds
+            figures = {
+                "loss": result.loss,
+                "lr": result.lr,
+                "grad_norm": result.grad_norm,
+                "tokens_per_second": rate,
+                "mfu": rate * self._flops / self._peak,
+            }
+            run.log_metrics(figures, step=state.step)
+            self.progress.step(state.step, {**figures, "eval_loss": self._eval_loss})
+            self._window_seconds, self._window_tokens = 0.0, 0
+        for callback in trainer.callbacks:
+            callback.on_step(trainer, state.step, vars(result))
+        improved = False
+        if section.evaluate_every and state.step % section.evaluate_every == 0:
+            improved = self._evaluate(run)
+        every = self.config.checkpoint.every
+        if improved or (every and state.step % every == 0):
+            self._save(run, best=improved)
+        patience = section.early_stopping_patience
+        if patience and state.evaluations_without_improvement >= patience:
+            self.progress.say(
+                f"stopping early: no improvement over {state.best_eval_loss:.4f} (step {state.best_step}) in "
+                f"{patience} evaluations"
+            )
+            return True
+        return False
+
+    def _evaluate(self, run: Run) -> bool:
+        """Evaluate and record; True when the result is the best so far."""
+        trainer = self.trainer
+        state = trainer.state
+        loss = trainer.evaluate()
+        if loss is None:
+            return False
+        self._eval_loss = state.last_eval_loss = loss
+        state.last_eval_step = state.step
+        run.log_metrics({"eval_loss": loss}, step=state.step)
+        improved = loss < state.best_eval_loss - self.config.train.early_stopping_min_delta
+        if improved:
+            state.best_eval_loss, state.best_step = loss, state.step
+            state.evaluations_without_improvement = 0
+        else:
+            state.evaluations_without_improvement += 1
+        for callback in trainer.callbacks:
+            callback.on_evaluate(trainer, state.step, loss)
+        return improved
+
+    def _evaluate_at_end(self, run: Run) -> None:
+        state = self.trainer.state
+        if state.last_eval_step != state.step and self._evaluate(run):
+            self._save(run, best=True)
+
+    # ── saving and stopping ──────────────────────────────────────────────────────────────────────────────
+
+    def _saved_step(self) -> int:
+        return int(self._last_saved.name.partition("-")[2]) if self._last_saved is not None else -1
+
+    def _save(self, run: Run, *, best: bool = False) -> None:
+        trainer = self.trainer
+        started = time.perf_counter()
+        tensors, state = trainer.checkpoint_contents()
+        self._last_saved = self.store.save(trainer.state.step, tensors, state, best=best)
+        run.log_metrics({"checkpoint_seconds": time.perf_counter() - started}, step=trainer.state.step)
+        run.flush()
+        for callback in trainer.callbacks:
+            callback.on_checkpoint(trainer, trainer.state.step, self._last_saved)
+
+    def _stop(self, run: Run) -> None:
+        trainer = self.trainer
+        if self._saved_step() != trainer.state.step:
+            self._save(run)
+        raise Interrupted(
+            f"stopped after step {trainer.state.step} of {trainer.total_steps} ({trainer._stop_reason}); "
+            f"checkpoint saved",
+            fix=f"go on with: hearth train --resume {run.id}",
+        )
+
+    def _summary(self, run: Run) -> dict[str, Any]:
+        trainer = self.trainer
+        state = trainer.state
+        rate = self._train_tokens / self._train_seconds if self._train_seconds else None
+        best = self.store.best()
+        return {
+            "steps": state.step,
+            "num_tokens": state.num_tokens,
+            "epochs": state.step * self.config.train.batch_size / len(trainer.rows),
+            "loss": state.last_loss,
+            "eval_loss": state.last_eval_loss,
+            "best_eval_loss": state.best_eval_loss if math.isfinite(state.best_eval_loss) else None,
+            "best_step": state.best_step or None,
+            "tokens_per_second": rate,
+            "mfu": None if rate is None else rate * self._flops / self._peak,
+            "flops_per_token": self._flops,
+            "peak_flops": self._peak,
+            "train_seconds": self._train_seconds,
+            "peak_memory_bytes": peak_memory_bytes(trainer.device),
+            "parameters": num_parameters(trainer.model),
+            "precision": trainer.precision,
+            "device": str(trainer.device),
+            "dataset_fingerprint": trainer.dataset_fingerprint,
+            "last_checkpoint": self._last_saved.name
+            if self._last_saved
+            else run.summary.get("last_checkpoint"),
+            "best_checkpoint": best.name if best else None,
+        }
+
+
+def _config_model(trainer: Trainer) -> Any:
+    return trainer.model
+
+
+def _first_line(error: BaseException) -> str:
+    text = error.message if isinstance(error, HearthError) else f"{type(error).__name__}: {error}"
+    return text.splitlines()[0] if text else type(error).__name__

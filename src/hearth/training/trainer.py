@@ -1,0 +1,415 @@
+"""The training loop.
+
+One optimizer step: take the rows of the step, cut them into micro-batches, add up the gradients of the *sum*
+of their token losses divided by the number of valid tokens of the whole step, check that loss and gradient
+norm are finite, clip, step. Everything that decides what comes next is in the checkpoint; the order of the
+data and the learning rate are functions of the step.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hearth.config.recipe import Recipe
+from hearth.errors import ConfigError, DataError, TrainingError
+from hearth.models import flops_per_token, num_parameters, peak_flops
+from hearth.training import rng
+from hearth.training.batches import Batch, as_rows, collate, fingerprint_of, row_at, step_rows
+from hearth.training.callbacks import Callback
+from hearth.training.checkpoint import Checkpoint
+from hearth.training.identity import Identity, identity_of
+from hearth.training.loss import split_head
+from hearth.training.nonfinite import non_finite_error
+from hearth.training.objectives import make_objective
+from hearth.training.optimizer import (
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    trainable_parameters,
+)
+from hearth.training.plan import TrainingPlan, estimate_memory, resolve_steps
+from hearth.training.precision import autocast, choose_device, choose_precision
+from hearth.training.progress import TrainingProgress
+from hearth.training.schedule import learning_rate_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from hearth.workspace import Run, Workspace
+
+
+@dataclass
+class TrainingState:
+    """What a checkpoint must know besides tensors."""
+
+    step: int = 0  # optimizer steps done
+    num_tokens: int = 0  # tokens of those steps, without padding
+    best_eval_loss: float = math.inf
+    best_step: int = 0
+    evaluations_without_improvement: int = 0
+    last_eval_loss: float | None = None
+    last_eval_step: int = -1
+    last_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    num_tokens: int
+    seconds: float
+
+
+class Trainer:
+    """Trains any causal language model of transformers. ``from_recipe`` builds one from a recipe.
+
+    ``train_dataset`` and ``eval_dataset``: a ``hearth.data.Dataset`` (its train and validation splits), one
+    split, or a sequence of packed rows. ``config``: a recipe; its ``train``, ``data``, ``checkpoint`` and
+    ``track`` sections apply. Override ``compute_loss`` for a loss of your own.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        config: Recipe | None = None,
+        workspace: Workspace | None = None,
+        resume: str | None = None,
+        progress: bool = True,
+        callbacks: Sequence[Callback] = (),
+        device: str | torch.device | None = None,
+        base_reference: str | None = None,
+    ) -> None:
+        self.config = config or Recipe()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.workspace = workspace
+        self.callbacks = tuple(callbacks)
+        self.base_reference = base_reference
+        self.device = choose_device(device)
+        section, data = self.config.train, self.config.data
+        self.precision = choose_precision(section.precision, self.device)
+        self.objective = make_objective(section.objective)
+        self.objective.check(train_dataset)
+        options: dict[str, Any] = {
+            "sequence_length": data.sequence_length,
+            "packing": data.packing,
+            "seed": data.seed,
+            "truncate": data.truncate,
+        }
+        rows = as_rows(train_dataset, split="train", **options)
+        if rows is None or len(rows) == 0:
+            raise DataError(
+                "the training split has no rows", fix="add documents, or lower data.sequence_length"
+            )
+        self.rows = rows
+        self.eval_rows = as_rows(eval_dataset, split="validation", **options)
+        self.dataset_fingerprint = fingerprint_of(train_dataset, rows)
+        self.total_steps = resolve_steps(
+            steps=section.steps, epochs=section.epochs, rows=len(rows), batch_size=section.batch_size
+        )
+        self.state = TrainingState()
+        self.run: Run | None = None
+        self._resume = resume
+        self._show_progress = progress
+        self._progress: TrainingProgress | None = None
+        self._stop_reason: str | None = None
+        self.model.to(self.device)
+        if not trainable_parameters(self.model):
+            raise ConfigError("no weight of the model trains", fix="unfreeze some, or add model.adapter")
+        self.optimizer = build_optimizer(self.model, section)
+        if section.compile:
+            # Probe the head first: it runs the model. What the loss calls is then the compiled part.
+            split = split_head(self.model)
+            (self.model if split is None else split[0]).compile()
+
+    @classmethod
+    def from_recipe(
+        cls,
+        recipe: Recipe,
+        *,
+        workspace: Workspace | None = None,
+        resume: str | None = None,
+        progress: bool = True,
+        callbacks: Sequence[Callback] = (),
+        device: str | torch.device | None = None,
+    ) -> Trainer:
+        """Prepare the data and build the model that a recipe describes. ``resume`` is the id of a run.
+
+        Raises InputError (ConfigError, DataError, ModelError) for a recipe that cannot work. Data is prepared
+        in the workspace's ``datasets/`` and reused while its inputs are unchanged.
+        """
+        from hearth.training.assemble import assemble
+
+        parts = assemble(recipe, workspace=workspace, progress=progress)
+        return cls(
+            model=parts.model,
+            tokenizer=parts.tokenizer,
+            train_dataset=parts.dataset,
+            eval_dataset=parts.dataset if parts.has_validation else None,
+            config=recipe,
+            workspace=parts.workspace,
+            resume=resume,
+            progress=progress,
+            callbacks=callbacks,
+            device=device,
+            base_reference=parts.base_reference,
+        )
+
+    # ── what a user may override or call ─────────────────────────────────────────────────────────────────
+
+    def compute_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """Sum of the token losses of a micro-batch, and the number of tokens it sums over.
+
+        The loop divides by the number of tokens of the whole step, so do not average here.
+        """
+        return self.objective.loss(model, batch)
+
+    def request_stop(self, reason: str = "asked to stop") -> None:
+        """Stop after the current step, with a checkpoint; ``fit`` then raises Interrupted."""
+        self._stop_reason = reason
+
+    def plan(self) -> TrainingPlan:
+        """What ``fit`` would do, in numbers."""
+        section, length = self.config.train, self._sequence_length()
+        trainable = sum(weight.numel() for weight in trainable_parameters(self.model).values())
+        model: Any = self.model
+        return TrainingPlan(
+            objective=section.objective,
+            architecture=str(model.config.model_type),
+            parameters=num_parameters(self.model),
+            trainable_parameters=trainable,
+            rows=len(self.rows),
+            eval_rows=self._num_eval_rows(),
+            sequence_length=length,
+            steps=self.total_steps,
+            batch_size=section.batch_size,
+            micro_batch_size=section.micro_batch_size,
+            tokens_per_step=section.batch_size * length,
+            total_tokens=self.total_steps * section.batch_size * length,
+            epochs=self.total_steps * section.batch_size / len(self.rows),
+            precision=self.precision,
+            device=str(self.device),
+            flops_per_token=flops_per_token(model, length),
+            memory_bytes=estimate_memory(
+                self.model,
+                micro_batch_size=section.micro_batch_size,
+                sequence_length=length,
+                precision=self.precision,
+                trainable=trainable,
+            ),
+            dataset=self.dataset_fingerprint,
+        )
+
+    def fit(self) -> Run:
+        """Train to the end and return the run; its summary has the figures and the paths.
+
+        Raises Interrupted after Ctrl-C (a checkpoint is saved), NonFiniteError before the optimizer sees a
+        NaN, StorageError when a checkpoint cannot be written. The run records how it ended.
+        """
+        from hearth.training.session import Session
+
+        before = rng.capture()
+        try:
+            return Session(self).run()
+        finally:
+            rng.restore(*before)
+
+    # ── one step ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def train_step(self, step: int) -> StepResult:
+        """Optimizer step ``step``, counted from 0. Raises NonFiniteError before any weight changes."""
+        started = time.perf_counter()
+        section = self.config.train
+        batches = [collate(self.rows, rows) for rows in self._micro_batches(step)]
+        batches = [self.objective.prepare(batch) for batch in batches]
+        expected = sum(batch.num_valid for batch in batches)
+        if expected == 0:
+            raise TrainingError(
+                f"no token counts in step {step + 1}: every label of its rows is masked",
+                fix="look at the masks with `hearth data inspect`, or raise train.batch_size",
+            )
+        lr = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        total, counted = self._accumulate(batches, expected)
+        weights = list(trainable_parameters(self.model).values())
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        if counted != expected:
+            # A loss of the user's own counts tokens differently: correct what was divided too early.
+            torch._foreach_mul_(gradients, expected / max(1, counted))
+        norm = torch.nn.utils.get_total_norm(gradients)
+        loss, grad_norm = torch.stack([total.double() / max(1, counted), norm.double()]).tolist()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise non_finite_error(self, step, loss, grad_norm)
+        if section.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(weights, section.grad_clip, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        num_tokens = sum(batch.num_tokens for batch in batches)
+        return StepResult(loss, grad_norm, lr, num_tokens, time.perf_counter() - started)
+
+    def _accumulate(self, batches: Sequence[Batch], expected: int) -> tuple[Tensor, int]:
+        """Add up gradients of (sum of losses / expected); the sum itself and the number of its tokens."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        counted = 0
+        for batch in batches:
+            moved = batch.to(self.device)
+            with autocast(self.precision, self.device):
+                loss_sum, num_tokens = self.compute_loss(self.model, moved)
+            if loss_sum.requires_grad:
+                (loss_sum / expected).backward()  # type: ignore[no-untyped-call]
+            total += loss_sum.detach().double()
+            counted += int(num_tokens)
+        return total, counted
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of step ``step``, counted from 0."""
+        section = self.config.train
+        return learning_rate_at(
+            step,
+            total_steps=self.total_steps,
+            peak=section.learning_rate,
+            shape=section.schedule,
+            warmup_steps=min(section.warmup_steps, self.total_steps),
+            min_ratio=section.min_lr_ratio,
+            decay_fraction=section.decay_fraction,
+        )
+
+    def _micro_batches(self, step: int) -> list[list[int]]:
+        section = self.config.train
+        rows = step_rows(step, batch_size=section.batch_size, seed=section.seed, num_rows=len(self.rows))
+        size = section.micro_batch_size
+        return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+    # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _num_eval_rows(self) -> int:
+        available = 0 if self.eval_rows is None else len(self.eval_rows)
+        wanted = self.config.train.evaluate_rows
+        return min(available, wanted) if wanted else available
+
+    def evaluate(self) -> float | None:
+        """Mean loss of a token on the held-out rows, in nats; None without any. The random state stays."""
+        if self.eval_rows is None or self._num_eval_rows() == 0:
+            return None
+        size, num_rows = self.config.train.micro_batch_size, self._num_eval_rows()
+        # A limited evaluation takes rows from all over the split, always the same ones.
+        rows = [row_at(index, seed=0, num_rows=len(self.eval_rows)) for index in range(num_rows)]
+        total, counted = 0.0, 0
+        self.model.eval()
+        with torch.no_grad():
+            for first in range(0, num_rows, size):
+                batch = self.objective.prepare(collate(self.eval_rows, rows[first : first + size]))
+                with autocast(self.precision, self.device):
+                    loss_sum, num_tokens = self.compute_loss(self.model, batch.to(self.device))
+                total += float(loss_sum)
+                counted += int(num_tokens)
+        self.model.train()
+        return total / counted if counted else None
+
+    # ── state ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def identity(self) -> Identity:
+        """What a checkpoint must share with this trainer."""
+        return identity_of(self)
+
+    def checkpoint_contents(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Tensors and values that continue this run exactly."""
+        rng_values, rng_tensors = rng.capture()
+        tensors = {
+            "model": {name: weight.detach() for name, weight in self._saved_weights().items()},
+            "optimizer": optimizer_tensors(self.optimizer, self.model),
+            "rng": rng_tensors,
+        }
+        consumed = self.state.step * self.config.train.batch_size
+        state = {
+            "training": {**vars(self.state), "best_eval_loss": _finite(self.state.best_eval_loss)},
+            "data": {
+                "fingerprint": self.dataset_fingerprint,
+                "seed": self.config.train.seed,
+                "epoch": consumed // len(self.rows),
+                "rows_consumed": consumed,
+            },
+            "total_steps": self.total_steps,
+            "rng": rng_values,
+            **self.identity().as_dict(),
+        }
+        return tensors, state
+
+    def _saved_weights(self) -> dict[str, Tensor]:
+        """What training changes: with an adapter only the adapter, the base is immutable."""
+        if self.config.model.adapter is not None:
+            return dict(trainable_parameters(self.model))
+        buffers = dict(self.model.named_buffers())
+        persistent = {name: buffers[name] for name in self.model.state_dict() if name in buffers}
+        return {**dict(self.model.named_parameters()), **persistent}
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint. Raises ConfigError when data, tokenizer or model differ."""
+        self.identity().require_match(checkpoint)
+        self.load_weights(checkpoint)
+        load_optimizer_tensors(self.optimizer, self.model, checkpoint.tensors["optimizer"])
+        values = dict(checkpoint.state["training"])
+        if values["best_eval_loss"] is None:
+            values["best_eval_loss"] = math.inf
+        self.state = TrainingState(**values)
+        rng.restore(checkpoint.state["rng"], checkpoint.tensors["rng"])
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """The weights of a checkpoint, nothing else."""
+        with torch.no_grad():
+            for name, weight in self._saved_weights().items():
+                weight.copy_(checkpoint.tensors["model"][name])
+
+    # ── figures ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _sequence_length(self) -> int:
+        row = self.rows[0]
+        return len(row["input_ids"] if isinstance(row, dict) else row.input_ids)
+
+    def peak_flops(self) -> float:
+        """What the device could do, for MFU."""
+        return peak_flops(self.device, torch.bfloat16 if self.precision == "bf16" else torch.float32)
+
+    def measure_step_seconds(self, num_steps: int = 3) -> float:
+        """Median seconds of an optimizer step, after one to warm up. Runs on a copy; nothing here changes."""
+        trial = copy.copy(self)
+        trial.model = copy.deepcopy(self.model)
+        trial.optimizer = build_optimizer(trial.model, self.config.train)
+        before = rng.capture()
+        try:
+            seconds = [trial.train_step(step).seconds for step in range(num_steps + 1)]
+        finally:
+            rng.restore(*before)
+        return statistics.median(seconds[1:])
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def measure_step_seconds(
+    target: Trainer | Recipe, num_steps: int = 3, *, workspace: Workspace | None = None
+) -> float:
+    """Seconds that one optimizer step of a trainer or a recipe takes here; nothing is kept of the trial."""
+    if isinstance(target, Trainer):
+        return target.measure_step_seconds(num_steps)
+    trainer = Trainer.from_recipe(target, workspace=workspace, progress=False)
+    return trainer.measure_step_seconds(num_steps)
