@@ -143,7 +143,7 @@ class Engine:
             raise RequestError(
                 "this engine has no tokenizer", fix="give the prompt as token ids", param="prompt"
             )
-        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        ids: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
         return ids
 
     def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:

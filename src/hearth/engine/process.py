@@ -1,0 +1,143 @@
+"""The engine's own process: reads commands, steps, sends what was gained. Started by `AsyncEngine` only.
+
+Two threads: one reads the socket and fills a queue, the main one runs the loop. When the socket closes, the
+application is gone and the process ends at once, whatever it is doing. Nothing goes to standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+
+from hearth.engine import wire
+from hearth.engine.config import EngineConfig
+
+logger = logging.getLogger("hearth.engine.process")
+
+HEARTBEAT_SECONDS = 0.5
+
+
+class CommandReader(threading.Thread):
+    """Puts commands into a queue; ends the process when the application closes the socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(name="hearth-engine-commands", daemon=True)
+        self.connection = connection
+        self.commands: queue.SimpleQueue[wire.Command] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        while True:
+            try:
+                header = self._read(wire.HEADER_SIZE)
+                body = self._read(wire.frame_length(header))
+            except OSError:
+                # No clean-up: there is nobody to tell, and the main thread may be deep in a kernel.
+                os._exit(0)
+            self.commands.put(wire.decode_command(body))
+
+    def _read(self, length: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < length:
+            part = self.connection.recv(length - len(parts))
+            if not part:
+                raise ConnectionResetError
+            parts += part
+        return bytes(parts)
+
+
+class EngineLoop:
+    """Feeds an engine with commands and its outputs back; `run` returns after a shutdown."""
+
+    def __init__(self, connection: socket.socket, commands: queue.SimpleQueue[wire.Command], reference: str, config: EngineConfig) -> None:
+        from hearth.engine.llm import Engine
+
+        self.connection = connection
+        self.commands = commands
+        self.engine = Engine.load(reference, config)
+        self.stopping = False
+        self.last_beat = 0.0
+
+    def send(self, message: wire.Event) -> None:
+        self.connection.sendall(wire.encode(message))
+
+    def run(self) -> None:
+        self.send(wire.Ready(self.engine.model_info, self.engine.stats()))
+        while not (self.stopping and not self.engine.has_work):
+            self._take_commands(wait=not self.engine.has_work)
+            outputs = self.engine.step()
+            if outputs:
+                self.send(wire.Outputs(outputs))
+            self._beat()
+        self.engine.close()
+        self.send(wire.Closed())
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now - self.last_beat >= HEARTBEAT_SECONDS:
+            self.last_beat = now
+            self.send(wire.Heartbeat(self.engine.stats().num_steps))
+
+    def _take_commands(self, *, wait: bool) -> None:
+        timeout = HEARTBEAT_SECONDS if wait else 0.0
+        while True:
+            try:
+                command = self.commands.get(timeout=timeout) if timeout else self.commands.get_nowait()
+            except queue.Empty:
+                return
+            timeout = 0.0
+            self._obey(command)
+
+    def _obey(self, command: wire.Command) -> None:
+        match command:
+            case wire.AddRequest(request_id, prompt_token_ids, params):
+                try:
+                    self.engine.add_request(request_id, prompt_token_ids, params)
+                except Exception as error:  # noqa: BLE001 - one bad request must not end the others
+                    self.send(wire.Refused(request_id, wire.WireError.of(error)))
+            case wire.AbortRequest(request_id):
+                outputs = self.engine.abort(request_id)
+                if outputs:
+                    self.send(wire.Outputs(outputs))
+            case wire.AskStats(ticket):
+                self.send(wire.StatsReply(ticket, self.engine.stats()))
+            case wire.Shutdown(drain):
+                self.stopping = True
+                if not drain:
+                    for request_id in {request.request_id for request in self.engine.scheduler.requests}:
+                        self.send(wire.Outputs(self.engine.abort(request_id)))
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m hearth.engine.process FD REFERENCE CONFIG``: serve one engine on an inherited socket."""
+    descriptor, reference, settings = arguments
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = socket.socket(fileno=int(descriptor))
+    connection.set_inheritable(False)
+    sys.stdout = sys.stderr  # standard output belongs to the application
+    reader = CommandReader(connection)
+    reader.start()
+    try:
+        loop = EngineLoop(connection, reader.commands, reference, EngineConfig.of(**json.loads(settings)))
+    except Exception as error:  # noqa: BLE001 - the application raises it
+        logger.debug("the engine could not load", exc_info=True)
+        connection.sendall(wire.encode(wire.LoadFailed(wire.WireError.of(error))))
+        return 1
+    try:
+        loop.run()
+    except OSError:
+        return 0  # the application is gone
+    return 0
+
+
+if __name__ == "__main__":
+    exit_code = main(sys.argv[1:])
+    sys.stderr.flush()
+    # Skipping interpreter shutdown: threads of torch and numba are still parked, and there is nothing to save.
+    os._exit(exit_code)
