@@ -8,15 +8,24 @@ means that the parent is gone, even by SIGKILL, and the whole group is killed, e
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def die_with_parent(before: Callable[[], None] | None = None) -> None:
-    """Watch standard input from a thread; at its end call ``before`` and kill this process group."""
+    """Watch standard input from a thread; at its end call ``before`` and kill this process group.
+
+    On Linux the kernel is asked for a SIGKILL as well, which also reaches a process that is stopped.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         with contextlib.suppress(OSError):

@@ -137,7 +137,10 @@ class _Exchange:
     async def fail(self, error: HttpError) -> None:
         """End a response that has started."""
         assert self.started
-        if not self._streaming or self._tail == SSE_DONE:
+        if not self._streaming:
+            return
+        if self._tail == SSE_DONE:  # the answer was whole; only its last empty chunk was lost
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
             return
         # The bytes so far may end inside an event; an empty line ends it, so that ours stands alone.
         gap = b"" if self._tail.endswith(b"\n\n") or not self._tail else b"\n\n"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import aiohttp
+import psutil
 
 from hearth import errors
 from hearth.errors import HearthError, ServingError
@@ -67,6 +68,7 @@ class Worker:
         self._on_change = on_change
         self._process: asyncio.subprocess.Process | None = None
         self._stop = asyncio.Event()
+        self._engine: psutil.Process | None = None
         self._generation = 0
 
     async def run(self) -> None:
@@ -145,6 +147,9 @@ class Worker:
             kind = getattr(errors, str(event.get("kind")), ServingError)
             raise kind(event["message"], fix=event.get("fix"))
         self.facts = event
+        if engine_pid := event.get("engine_pid"):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._engine = psutil.Process(engine_pid)
         connector = aiohttp.UnixConnector(path=str(path), limit=0, keepalive_timeout=30)
         self.session = aiohttp.ClientSession(
             BASE_URL, connector=connector, timeout=aiohttp.ClientTimeout(total=None), auto_decompress=False
@@ -203,7 +208,7 @@ class Worker:
             await asyncio.gather(asking, return_exceptions=True)
 
     async def _clean_up(self) -> None:
-        """Leave nothing of the process group: an engine may outlive its worker by a moment."""
+        """Leave nothing behind. An engine ends with its worker by itself, unless it is stopped or stuck."""
         session, self.session = self.session, None
         process, self._process = self._process, None
         if process is not None:
@@ -211,6 +216,10 @@ class Worker:
             await process.wait()
             if process.stdin is not None:
                 process.stdin.close()
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            with contextlib.suppress(psutil.Error):
+                engine.kill()  # psutil knows a process by its start time too, never a newer one of that id
         if session is not None:
             await session.close()
         self.pid = None

@@ -45,10 +45,10 @@ class WorkerEngine(Generates, Protocol):
     """What the worker uses of AsyncEngine."""
 
     tokenizer: Any
-    max_model_len: int
+    model_info: dict[str, Any]
 
     @property
-    def model_info(self) -> dict[str, Any]: ...
+    def pid(self) -> int: ...
     @property
     def is_alive(self) -> bool: ...
     @property
@@ -140,6 +140,7 @@ class WorkerApp:
             {
                 **self.health(),
                 "pid": os.getpid(),
+                "engine_pid": self.engine.pid,
                 "uptime_seconds": round(time.time() - self._started, 3),
                 "engine": None if stats is None else msgspec.to_builtins(stats),
                 "model_info": self.engine.model_info,

@@ -127,6 +127,7 @@ async def _serve(options: argparse.Namespace, name: str, channel: int, started: 
             {
                 "event": "ready",
                 "pid": os.getpid(),
+                "engine_pid": engine.pid,
                 "timeline": {key: round(value, 3) for key, value in timeline.items()},
                 "max_model_len": engine.max_model_len,
                 "max_num_seqs": config.max_num_seqs,

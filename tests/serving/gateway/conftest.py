@@ -1,0 +1,110 @@
+"""A gateway in this process, with scripted workers in theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import aiohttp
+import pytest
+from multidict import CIMultiDict
+
+from hearth.serving.gateway.access import Access
+from hearth.serving.gateway.app import Gateway
+from hearth.serving.gateway.policy import RestartPolicy
+from hearth.serving.gateway.supervisor import Worker, WorkerSpec
+from hearth.serving.servers import bind, make_server
+
+SCRIPT = Path(__file__).parents[1] / "scripted_worker.py"
+
+
+class Running:
+    """A gateway that serves on ``url``."""
+
+    def __init__(self, gateway: Gateway, url: str, session: aiohttp.ClientSession) -> None:
+        self.gateway = gateway
+        self.url = url
+        self.session = session
+
+    async def post(self, path: str = "/v1/completions", **body: object) -> tuple[int, dict, CIMultiDict[str]]:
+        """Status, JSON body and headers of a request."""
+        async with self.session.post(self.url + path, json=body) as response:
+            return response.status, await response.json(), response.headers.copy()
+
+    async def read(self, **body: object) -> str:
+        """The whole text of a completion's answer."""
+        async with self.session.post(self.url + "/v1/completions", json=body) as response:
+            return (await response.read()).decode()
+
+    async def get(self, path: str) -> tuple[int, dict]:
+        """Status and JSON body."""
+        async with self.session.get(self.url + path) as response:
+            return response.status, await response.json()
+
+    async def until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
+        """Wait for ``condition``."""
+        async with asyncio.timeout(seconds):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+
+Start = Callable[..., AbstractAsyncContextManager[Running]]
+
+
+def spec(name: str = "scripted", *, arguments: tuple[str, ...] = (), **changes: object) -> WorkerSpec:
+    """A scripted worker that is checked and restarted quickly."""
+    values: dict = {
+        "version": f"{name}@1",
+        "aliases": (f"{name}@production",),
+        "path": Path("unused"),
+        "command": (sys.executable, str(SCRIPT)),
+        "arguments": arguments,
+        "health_interval": 0.05,
+        "policy": RestartPolicy(backoff=0.05, limit=3, stable_seconds=60),
+        **changes,
+    }
+    return WorkerSpec(name=name, **values)
+
+
+@contextlib.asynccontextmanager
+async def start(
+    *specs: WorkerSpec, access: Access | None = None, **options: object
+) -> AsyncIterator[Running]:
+    """Run a gateway over ``specs``."""
+    values: dict = {"max_queue": 8, "max_body_bytes": 10_000, "request_timeout": 30.0, **options}
+    gateway = Gateway(access=access or Access(), **values)
+    folder = Path(tempfile.mkdtemp(prefix="hearth-test-"))
+    for each in specs or (spec(),):
+        gateway.add(Worker(each, folder, gateway.on_change))
+    sock = bind("127.0.0.1", 0)
+    server = make_server(gateway.asgi, drain_seconds=1)
+    serving = asyncio.create_task(server.serve([sock]))
+    runs = [asyncio.create_task(worker.run()) for worker in gateway.workers]
+    try:
+        await asyncio.gather(*(worker.first_start for worker in gateway.workers))
+        async with aiohttp.ClientSession() as session:
+            yield Running(gateway, f"http://127.0.0.1:{sock.getsockname()[1]}", session)
+    finally:
+        server.should_exit = server.force_exit = True
+        await asyncio.gather(*(worker.stop() for worker in gateway.workers))
+        for task in (*runs, serving):
+            task.cancel()
+        await asyncio.gather(*runs, serving, return_exceptions=True)
+        sock.close()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def start_gateway() -> Start:
+    return start
+
+
+@pytest.fixture
+def worker_spec() -> Callable[..., WorkerSpec]:
+    return spec
