@@ -285,7 +285,7 @@ def _resolve_paths(value: dict[str, Any], folder: Path) -> dict[str, Any]:
             if (
                 isinstance(source, dict)
                 and isinstance(source.get("path"), str)
-                and source["path"] != "stdlib"
+                and source["path"] not in ("stdlib", "stdlib-chat")
             ):
                 source["path"] = _absolute(source["path"], folder)
     for name in ("model", "tokenizer"):

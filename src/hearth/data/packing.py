@@ -3,8 +3,8 @@
 A document of n tokens gives n - 1 pairs (input token, next token); its last token is never an input. A row
 holds ``sequence_length`` pairs. Pieces are placed by best-fit decreasing, computed on the histogram of
 lengths instead of on the pieces (Krell et al. 2021, "Efficient sequence packing without
-cross-contamination"): pieces of one length are interchangeable, so the search costs some multiple of the row length, whatever the
-number of documents, and only handing the real pieces to their slots is linear in it.
+cross-contamination"): pieces of one length are interchangeable, so the search costs some multiple of the row
+length, whatever the number of documents, and only handing the real pieces to their slots is linear in it.
 """
 
 from __future__ import annotations

@@ -145,7 +145,8 @@ def _answer(docstring: str) -> str:
     if len(text) > MAX_ANSWER_CHARS:
         end = text.rfind(". ", 0, MAX_ANSWER_CHARS)
         text = text[: end + 1] if end > 0 else ""
-    return text if len(text) >= MIN_ANSWER_CHARS and " " in text else ""
+    says_something = len(text) >= MIN_ANSWER_CHARS and " " in text and (text[0].isalpha() or text[0] == "`")
+    return text if says_something else ""
 
 
 def _listing(names: list[str]) -> str:
