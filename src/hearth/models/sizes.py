@@ -96,7 +96,7 @@ def _heads(hidden_size: int) -> tuple[int, int, int]:
 
 def _widths(num_parameters: int, vocab_size: int) -> list[int]:
     """Candidate hidden sizes; from 128 on they give an even number of heads."""
-    widths: list[int] = [8, 16, 24, 32, 40, 48, 64, 80, 96]
+    widths: list[int] = [8, 16, 24, 32, 48, 64, 96]
     widths += list(range(128, 2048, 128)) + list(range(2048, 4096, 512)) + list(range(4096, 32769, 1024))
     return [width for width in widths if width * vocab_size < num_parameters]
 
