@@ -165,19 +165,19 @@ class ArtifactStore:
         Raises NotFoundError when the store does not have it and IntegrityError when it is damaged.
         """
         sha256 = parse_digest(digest)
-        with self._storage_errors(f"reading {digest} from"):
-            handle: BinaryIO
+        with self._storage_errors(f"reading {digest} from"), contextlib.ExitStack() as on_error:
             if self.local_root is not None:
-                handle = self._open_raw(sha256)
+                handle = on_error.enter_context(self._open_raw(sha256))
                 found, _ = hash_stream(handle)
             else:
                 handle = cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=64 << 20))  # noqa: SIM115
+                on_error.callback(handle.close)
                 with self._open_raw(sha256) as remote:
                     found = _copy_hashing(remote, handle)
             if found != sha256:
-                handle.close()
                 raise self._damaged(sha256, found)
             handle.seek(0)
+            on_error.pop_all()
             return handle
 
     def read_bytes(self, digest: str) -> bytes:
