@@ -314,7 +314,9 @@ def _validate(cls: type[T], layers: _Layers) -> T:
     }
     try:
         # As JSON and strict: `true` is no number, "10" is none either, and a list may fill a tuple.
-        return cls.model_validate_json(json.dumps(value, default=str), strict=True)
+        return cls.model_validate_json(
+            json.dumps(value, default=str), strict=True, by_alias=True, by_name=False
+        )
     except ValidationError as error:
         problems = describe(cls, error, value, layers.source)
         raise ConfigError("\n".join(problems)) from error

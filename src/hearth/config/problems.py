@@ -142,7 +142,7 @@ def _nearest(cls: type[BaseModel], key: tuple[str, ...]) -> str | None:
     elsewhere = [k for k in keys if k[-1] == plain[-1]]
     if elsewhere:
         return ".".join(elsewhere[0])
-    dotted = {".".join(k): None for k in keys}
+    dotted = {".".join(k): None for k in keys if k != plain[: len(k)]}
     close = difflib.get_close_matches(".".join(plain), list(dotted), n=1, cutoff=0.75)
     return close[0] if close else None
 
