@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import prometheus_client
+
 from hearth.config import ServeConfig, ServedModel
 from hearth.errors import ConfigError, Interrupted
 from hearth.serving.gateway.access import Access
@@ -106,6 +108,7 @@ class _Session:
         self._sock = sock
         self._folder = folder
         self._num_signals = 0
+        self._num_cut = 0  # requests that were open when they were ended by force
 
     async def run(self, on_ready: Callable[[Ready], None], timeline: list[tuple[str, float]]) -> None:
         """Serve until a signal."""
@@ -123,8 +126,9 @@ class _Session:
         server = make_server(gateway.asgi, drain_seconds=config.drain_timeout + 5)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._on_signal, stop, gateway, server)
+            loop.add_signal_handler(number, self._on_signal, stop, gateway)
         serving = asyncio.create_task(server.serve([self._sock]))
         runs = [asyncio.create_task(worker.run()) for worker in gateway.workers]
         stopping = asyncio.create_task(stop.wait())
@@ -143,13 +147,13 @@ class _Session:
                 task.cancel()
             await asyncio.gather(*runs, stopping, serving, return_exceptions=True)
 
-    def _on_signal(self, stop: asyncio.Event, gateway: Gateway, server: Server) -> None:
+    def _on_signal(self, stop: asyncio.Event, gateway: Gateway) -> None:
         self._num_signals += 1
         gateway.draining = True
         stop.set()
         if self._num_signals > 1:  # whoever asks twice does not want to wait
+            self._num_cut = self._num_cut or gateway.num_open
             gateway.proxy.abort_all()
-            server.force_exit = True
 
     async def _until_ready(
         self, gateway: Gateway, serving: asyncio.Task[None], stopping: asyncio.Task[bool]
@@ -193,12 +197,10 @@ class _Session:
         server.should_exit = True
         log.info("draining", extra=logs.fields(open=gateway.num_open, seconds=self._config.drain_timeout))
         await asyncio.wait({serving}, timeout=self._config.drain_timeout)
-        if serving.done() and self._num_signals == 1:
-            return
-        num_open = gateway.num_open
+        num_open = self._num_cut or gateway.num_open
         gateway.proxy.abort_all()
         await asyncio.wait({serving}, timeout=2.0)
-        if num_open or self._num_signals > 1:
+        if num_open:
             raise Interrupted(f"stopped while {num_open} requests were open")
 
 

@@ -81,11 +81,14 @@ def _emit(channel: int, event: dict[str, Any]) -> None:
 
 async def _serve(options: argparse.Namespace, name: str, channel: int, started: float) -> int:
     # Heavy imports after the arguments were read, and timed as a part of the start.
+    import prometheus_client
+
     from hearth.engine import AsyncEngine, EngineConfig
     from hearth.serving.servers import make_server
     from hearth.serving.worker.app import WorkerApp
     from hearth.serving.worker.jobs import ServedModel, generation_defaults
 
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     imported = time.monotonic()
     config = EngineConfig.of(**options.engine)
     engine = await AsyncEngine.start(options.model, config)
@@ -117,9 +120,11 @@ async def _serve(options: argparse.Namespace, name: str, channel: int, started: 
         if serving.done():
             serving.result()
             return 1
+        loading = engine.initial_stats.load_seconds
         timeline = {
             "imports": imported - started,
-            "engine": loaded - imported,
+            "engine process": loaded - imported - loading,
+            "model": loading,
             "server": time.monotonic() - loaded,
         }
         _emit(
