@@ -164,6 +164,7 @@ def test_an_unknown_key_is_told_the_nearest_one(recipe_file):
         ("train: {Steps: 3}", "train.steps"),
         ("steps: 3", "train.steps"),
         ("train: {sequence_length: 3}", "data.sequence_length"),
+        ("train: {sequence_lenght: 3}", "data.sequence_length"),
         ("model: {base: x, adapter: {rnk: 3}}", "model.adapter.rank"),
         ("data: {sources: [{pth: x, path: y}]}", "data.sources[0].path"),
         ("data: {filters: {min_char: 1}}", "data.filters.min_chars"),

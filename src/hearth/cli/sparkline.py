@@ -18,9 +18,13 @@ def sparkline(values: Sequence[float], width: int = 32) -> str:
     points = [_mean(values[start:stop]) for start, stop in itertools.pairwise(edges)]
     finite = [point for point in points if math.isfinite(point)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BARS[round((point - low) * scale)] if math.isfinite(point) else "!" for point in points)
+    span = high / 2 - low / 2  # halves: the difference of two huge numbers is not finite
+    return "".join(_bar((point / 2 - low / 2) / span if span else point - point) for point in points)
+
+
+def _bar(share: float) -> str:
+    return _BARS[round(share * (len(_BARS) - 1))] if math.isfinite(share) else "!"
 
 
 def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
+    return sum(value / len(values) for value in values) if all(map(math.isfinite, values)) else math.nan

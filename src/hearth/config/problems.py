@@ -139,12 +139,9 @@ def _nearest(cls: type[BaseModel], key: tuple[str, ...]) -> str | None:
     close = difflib.get_close_matches(plain[-1].lower().replace("-", "_"), siblings, n=1, cutoff=0.6)
     if close:
         return _dotted((*key[:-1], close[0]))
-    elsewhere = [k for k in keys if k[-1] == plain[-1]]
-    if elsewhere:
-        return ".".join(elsewhere[0])
-    dotted = {".".join(k): None for k in keys if k != plain[: len(k)]}
-    close = difflib.get_close_matches(".".join(plain), list(dotted), n=1, cutoff=0.75)
-    return close[0] if close else None
+    # The right name in the wrong section, perhaps misspelt as well.
+    close = difflib.get_close_matches(plain[-1], {k[-1]: None for k in keys}, n=1, cutoff=0.8)
+    return ".".join(next(k for k in keys if k[-1] == close[0])) if close else None
 
 
 def _known(cls: type[BaseModel], key: tuple[str, ...]) -> str:
