@@ -3,10 +3,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hearth.config.sources import parse_scalar, read_document, read_yaml
+from hearth.config.sources import dump_yaml, parse_scalar, read_document, read_yaml
 from hearth.errors import ConfigError
 
 
@@ -134,3 +134,15 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"\xef\xbb\xbfa: 1\n")
     assert read_document(tmp_path / "r.yaml").value == {"a": 1}
+
+
+_PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+
+
+@given(
+    st.dictionaries(st.text(), st.recursive(_PLAIN, lambda v: st.lists(v) | st.dictionaries(st.text(), v)))
+)
+@example({"a": "\x85", "b": "1e-4", "c": "no", "d": "~", "e": "", "f": "<<", "g": "2026-01-01", "h": "0o7"})
+@example({"1e-4": 1, "": 2, "~": 3, "true": 4})
+def test_whatever_is_written_is_read_back(value):
+    assert read_yaml(dump_yaml(value), "f.yaml").value == value

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from hearth.config.problems import describe
 from hearth.config.recipe import Recipe
-from hearth.config.sources import Document, KeyPath, parse_scalar, read_document, read_yaml
+from hearth.config.sources import Document, KeyPath, dump_yaml, parse_scalar, read_document, read_yaml
 from hearth.errors import ConfigError
 
 PRESETS = Path(__file__).with_name("presets")
@@ -126,8 +125,7 @@ def to_dict(settings: BaseModel) -> dict[str, Any]:
 
 def to_yaml(settings: BaseModel) -> str:
     """A resolved file: loads back to equal settings in an empty environment."""
-    text: str = yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True, width=100)
-    return text
+    return dump_yaml(to_dict(settings))
 
 
 def json_schema(cls: type[BaseModel] = Recipe) -> dict[str, Any]:
