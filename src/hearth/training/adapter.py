@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +34,9 @@ def add_adapter(model: PreTrainedModel, section: AdapterSection, *, seed: int) -
         task_type="CAUSAL_LM",
     )
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # PEFT still asks transformers by a name that transformers has deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
             torch.manual_seed(seed)
             return cast(PeftModel, get_peft_model(model, config))
     except ValueError as error:
