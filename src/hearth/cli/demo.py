@@ -27,12 +27,18 @@ def demo(minutes: float | None, as_json: bool) -> None:
     """
     from rich.console import Console
 
+    from hearth.cli.progress import RichProgress
     from hearth.demo import DEFAULT_MINUTES, render, run_demo
     from hearth.workspace import Workspace
 
+    console = error_console()
     with Workspace.open() as workspace:
         report = run_demo(
-            workspace, error_console(), minutes=minutes or DEFAULT_MINUTES, command=_command_name()
+            workspace,
+            console,
+            minutes=minutes or DEFAULT_MINUTES,
+            show_progress=lambda: RichProgress(console),
+            command=_command_name(),
         )
     if as_json:
         print_json(report.to_dict())

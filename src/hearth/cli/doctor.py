@@ -120,14 +120,14 @@ def choices() -> dict[str, str]:
     """What Hearth picks on this machine by itself, from the functions that do the picking."""
     import torch
 
-    from hearth.engine.attention import choose_backend
-    from hearth.training.precision import choose_precision
+    from hearth.training import choose_device, choose_precision
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device().type
+    kernels = device == "cpu" and importlib.util.find_spec("numba") is not None
     return {
         "device": device,
         "training precision (auto)": choose_precision("auto", device),
-        "attention when serving": choose_backend(device),
+        "attention when serving": "paged numba kernels" if kernels else "torch",
         "threads": str(torch.get_num_threads()),
     }
 

@@ -64,7 +64,7 @@ def pretrain_recipe(scale: Scale, *, steps: int, seed: int = 0) -> Recipe:
             "data": {
                 "sources": [{"path": "stdlib", "format": "stdlib", "license": "PSF-2.0"}],
                 "filters": {"min_chars": 64, "max_line_chars": 2000, "max_duplicate_lines": 0.7},
-                "validation_fraction": 0.03,
+                "validation_fraction": 0.05,
                 "sequence_length": scale.sequence_length,
                 "seed": seed,
             },
@@ -95,7 +95,7 @@ def chat_recipe(scale: Scale, *, steps: int, base: str = "", tokenizer: str = ""
             "tokenizer": {"base": tokenizer or None, "vocab_size": scale.vocab_size},
             "data": {
                 "sources": [{"path": "stdlib", "format": "stdlib-chat", "license": "PSF-2.0"}],
-                "validation_fraction": 0.03,
+                "validation_fraction": 0.05,
                 "sequence_length": scale.sequence_length,
                 "seed": seed,
             },

@@ -6,7 +6,8 @@ import contextlib
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from hearth.errors import GateError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hearth.data import Dataset, TokenSplit
+    from hearth.data import Dataset, Progress, TokenSplit
     from hearth.workspace import ModelVersion, Run, Workspace
 
 ALIAS = "production"
@@ -31,11 +32,15 @@ MAX_SCORED_BYTES = 400_000
 
 @dataclass
 class Demo:
-    """The state that the stages share. ``console`` writes to standard error."""
+    """The state that the stages share.
+
+    ``console`` writes to standard error; ``show_progress`` makes the bars for preparing data.
+    """
 
     minutes: float
     workspace: Workspace
     console: Console
+    show_progress: Callable[[], AbstractContextManager[Progress]]
     command: str = "hearth"
     report: DemoReport = field(init=False)
     text: Dataset = field(init=False)
@@ -105,11 +110,10 @@ class Demo:
         }
 
     def _prepare(self, recipe: Recipe, name: str, what: str) -> Dataset:
-        from hearth.cli.progress import RichProgress
         from hearth.data import prepare_dataset
 
         directory = self.workspace.root / "datasets" / name
-        with RichProgress(self.console) as progress:
+        with self.show_progress() as progress:
             dataset = prepare_dataset(recipe, directory, progress=progress)
         if dataset.reused:
             self.reused(what)
@@ -201,7 +205,7 @@ class Demo:
             "base": base.ref,
             "alias": ALIAS,
             "path": str(version.path),
-            "parameters": model_info(version.path).num_parameters,
+            "parameters": model_info(version.path).parameters,
             "runs": [chat_run.id, base_run.id],
             "workspace": str(self.workspace.root),
             "command": self.command,

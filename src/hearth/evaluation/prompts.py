@@ -63,7 +63,7 @@ def make_prompts(
     each stands for a way in which the two sides have differed in practice. Prompts longer than
     ``max_prompt_tokens`` are cut, on both sides alike, after encoding.
     """
-    from hearth.engine import encode_chat, encode_text
+    from hearth.models import encode_chat, encode_text
 
     prompts = []
 

@@ -21,6 +21,8 @@ from hearth.errors import DataError, NonFiniteError
 # Logits of one batch are kept under this many bytes (float32), so that a large vocabulary does not
 # decide how much memory an evaluation takes.
 MAX_LOGIT_BYTES = 128 << 20
+# Used where a model states no limit of its own.
+DEFAULT_CONTEXT_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -105,17 +107,18 @@ def score_documents(
     documents: Iterable[tuple[Sequence[int] | np.ndarray, np.ndarray | None]],
     *,
     num_bytes: int = 0,
-    context_length: int,
+    context_length: int | None,
     stride: int | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> TextScore:
     """Score documents of token ids, each with a mask of the tokens that count (None: all).
 
     ``num_bytes`` is the number of UTF-8 bytes of the text, or 0 where bits per byte has no meaning
-    (masked chat data). ``advance`` is called with the number of tokens done. Raises DataError when there
+    (masked chat data). ``context_length`` is the model's limit, None where it states none. ``advance`` is called with the number of tokens done. Raises DataError when there
     is nothing to score and NonFiniteError when the model returns NaN or infinite losses.
     """
     vocab_size = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    context_length = context_length or DEFAULT_CONTEXT_LENGTH
     windows: list[Window] = []
     num_documents = 0
     for tokens, mask in documents:

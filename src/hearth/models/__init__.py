@@ -1,6 +1,7 @@
 """Open, build and save causal language models of transformers; sizes, arithmetic and model references."""
 
 from hearth.models.building import build_model
+from hearth.models.encoding import encode_chat, encode_text
 from hearth.models.flops import flops_per_token, num_parameters, peak_flops
 from hearth.models.info import ModelInfo, model_info
 from hearth.models.llama2c import import_llama2c
@@ -15,6 +16,8 @@ __all__ = [
     "check_model_directory",
     "config_for_size",
     "default_generation_config",
+    "encode_chat",
+    "encode_text",
     "flops_per_token",
     "format_count",
     "import_llama2c",
