@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hearth.config import Recipe, load_recipe, recipe_hash, to_dict, to_yaml
@@ -335,6 +335,7 @@ def test_the_hash_is_the_same_in_every_process_and_version():
     assert len(recipe_hash(recipe)) == 64
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.fixed_dictionaries(
         {},

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hearth.config.sources import dump_yaml, parse_scalar, read_document, read_yaml
@@ -48,6 +48,7 @@ def test_scalars_are_those_of_yaml_1_2(text, value):
     assert type(parse_scalar(text)) is type(value)
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_every_float_that_python_prints_is_read_back(value):
     assert parse_scalar(repr(value)) == value
@@ -137,11 +138,15 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
 
 
 _PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-
-
-@given(
-    st.dictionaries(st.text(), st.recursive(_PLAIN, lambda v: st.lists(v) | st.dictionaries(st.text(), v)))
+_VALUES = st.recursive(
+    _PLAIN,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
 )
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.dictionaries(st.text(), _VALUES, max_size=3))
 @example({"a": "\x85", "b": "1e-4", "c": "no", "d": "~", "e": "", "f": "<<", "g": "2026-01-01", "h": "0o7"})
 @example({"1e-4": 1, "": 2, "~": 3, "true": 4})
 def test_whatever_is_written_is_read_back(value):

@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hearth.errors import ConfigError, ConflictError, InputError, IntegrityError, NotFoundError, StorageError
@@ -299,6 +299,7 @@ _NAMES = st.text(string.ascii_lowercase + "äö/ ", min_size=1, max_size=8).filt
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(_NAMES, st.integers(0, 2**40), max_size=6), st.randoms())
 def test_the_bytes_of_a_tree_do_not_depend_on_the_order_of_its_files(sizes, random):
     files = [TreeFile(name, size, hashlib.sha256(name.encode()).hexdigest()) for name, size in sizes.items()]

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -480,3 +482,42 @@ def test_a_workspace_on_another_machine_makes_its_own_directory(
         assert path.is_relative_to(tmp_path / "two")
         assert (path / "model.safetensors").read_text() == "weights"
         assert Path(path / "hearth.json").is_file()
+
+
+def test_a_process_killed_while_it_stores_leaves_nothing_in_the_way(
+    workspace, registry, make_model, child, outcome
+):
+    big = make_model("x" * 50_000_000)
+    process = child("create_versions", "chat", big)
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    staging = workspace.artifacts.local_root / "tmp"
+    for _ in range(3000):
+        if process.poll() is not None or any(staging.glob("*")):
+            break
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert all(version.path.is_dir() for version in map(registry.get, (v.ref for v in registry.list())))
+    other = registry.create_version("chat", make_model("small"))
+    again = registry.create_version("chat", big)
+    assert {other.version, again.version} == {1, 2}
+    for version in (other, again):
+        registry.verify(version.ref)
+
+
+def test_promotion_and_deletion_at_once_leave_no_alias_to_nowhere(registry, make_model, open_workspace):
+    """Whoever comes second sees what the first one did."""
+    for i in range(5):
+        version = registry.create_version("chat", make_model(f"v{i}"))
+        others = [open_workspace().registry for _ in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [
+                pool.submit(others[0].promote, version.ref, "production", force=True, reason="x"),
+                pool.submit(others[1].delete, version.ref),
+            ]
+            failed = [job.exception() for job in jobs if job.exception() is not None]
+        assert len(failed) == 1
+        assert isinstance(failed[0], ConflictError | NotFoundError)
+        for alias_owner in registry.list("chat"):
+            registry.delete(alias_owner.ref, force=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from datetime import timedelta
 
@@ -239,3 +240,17 @@ def test_a_running_run_beats(workspace, monkeypatch):
             break
         signal.sigtimedwait([], 0.01)
     assert workspace.runs.row(run.id).heartbeat_at > first
+
+
+def test_a_forked_child_writes_none_of_its_parents_points(workspace, monkeypatch):
+    monkeypatch.setattr("hearth.workspace.runs._FLUSH_SECONDS", 3600.0)
+    run = workspace.runs.create("train", name="x")
+    run.log_metrics({"a": 1}, step=1)
+    pid = os.fork()
+    if pid == 0:  # as a data loader's worker that ends the normal way
+        workspace.runs.close()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert run.metrics() == []
+    run.finish()
+    assert len(run.metrics()) == 1

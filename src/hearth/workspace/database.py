@@ -41,7 +41,9 @@ class Database:
                     f"the database {self.shown} needs the driver psycopg, which is not installed",
                     fix="pip install 'hearth-lm[postgres]'",
                 ) from error
-        engine = sa.create_engine(self.url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+        engine = sa.create_engine(
+            self.url, max_overflow=100, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000}
+        )
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
@@ -157,6 +159,8 @@ class Database:
             yield
         except sa.exc.IntegrityError:
             raise
+        except sa.exc.TimeoutError as error:
+            raise StorageError(f"the database {self.shown} failed: too many connections at once") from error
         except sa.exc.DatabaseError as error:
             text = str(error.orig or error).strip().splitlines()[0]
             if self.is_sqlite and ("malformed" in text or "not a database" in text):

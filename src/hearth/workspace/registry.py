@@ -324,8 +324,7 @@ class Registry:
         version = self.get(ref)
         actor = actor or default_actor()
         with self._database.write() as connection:
-            connection.execute(sa.select(models).where(models.c.name == version.name).with_for_update())
-            self._version(connection, version.name, version.version)  # still there, now under the lock
+            self._locked(connection, version)
             problem = _gate(_reports(connection, version.name, version.version, "parity"), version.ref)
             if problem is not None and not force:
                 raise GateError(
@@ -373,7 +372,7 @@ class Registry:
         """Set tags of a version; a value of None removes the tag."""
         version = self.get(ref)
         with self._database.write() as connection:
-            current = self._version(connection, version.name, version.version).tags
+            current = self._locked(connection, version).tags
             merged = {k: str(v) for k, v in {**current, **tags}.items() if v is not None}
             connection.execute(versions.update().where(_is(version)).values(tags=merged))
             detail = {"tags": dict(tags)}
@@ -399,7 +398,7 @@ class Registry:
         actor = actor or default_actor()
         with file_lock(self._lock):
             with self._database.write() as connection:
-                version = self._version(connection, version.name, version.version)
+                version = self._locked(connection, version)
                 if version.aliases and not force:
                     raise ConflictError(
                         f"{version.ref} is {' and '.join(version.aliases)}",
@@ -565,6 +564,11 @@ class Registry:
                 f"{name}@{number} was deleted", fix="`hearth models list` shows what there is"
             )
         return self._from_row(row, _aliases(connection, name))
+
+    def _locked(self, connection: sa.Connection, version: ModelVersion) -> ModelVersion:
+        """The version as it is now; nobody else changes its model until the transaction ends."""
+        connection.execute(sa.select(models.c.name).where(models.c.name == version.name).with_for_update())
+        return self._version(connection, version.name, version.version)
 
     def _from_row(self, row: sa.Row[Any], named: Mapping[str, Mapping[str, int]]) -> ModelVersion:
         own = sorted(alias for alias, number in named.get(row.name, {}).items() if number == row.version)

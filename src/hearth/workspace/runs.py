@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -337,6 +338,7 @@ class _Recorder:
         self._lock = threading.Lock()  # guards _waiting
         self._writing = threading.Lock()  # one batch at a time, in order
         self._stopping = threading.Event()
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._work, name=f"hearth-run-{run_id}", daemon=True)
         self._thread.start()
 
@@ -351,6 +353,8 @@ class _Recorder:
 
     def flush(self) -> None:
         """Write the buffer; on failure the points stay in it."""
+        if os.getpid() != self._pid:  # a forked child: the buffer is its parent's, and so are the locks
+            return
         with self._writing:
             with self._lock:
                 batch = list(self._waiting)
