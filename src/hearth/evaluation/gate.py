@@ -67,7 +67,7 @@ def run_gate(
     """
     from hearth.data.tokenizer import DataTokenizer
     from hearth.engine import Engine
-    from hearth.models import load_model, model_info, resolve_reference, stop_token_ids
+    from hearth.models import load_model, model_info, resolve_reference
 
     if workspace is None:
         with Workspace.open() as opened:
@@ -99,13 +99,21 @@ def run_gate(
         prompts,
         completions,
         dtype=dtype,
-        stop_ids=frozenset(stop_token_ids(directory)),
+        stop_ids=generation_stop_ids(model),
         max_tokens=max_tokens,
         advance=advance,
     )
     if version is not None:
         workspace.registry.attach_report(version.ref, "parity", report.to_dict())
     return report
+
+
+def generation_stop_ids(model: Any) -> frozenset[int]:
+    """The ids at which transformers' own ``generate`` stops for this model."""
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)
 
 
 def _held_out_texts(dataset: Dataset | None, num_documents: int) -> list[str]:

@@ -114,8 +114,9 @@ def score_documents(
     """Score documents of token ids, each with a mask of the tokens that count (None: all).
 
     ``num_bytes`` is the number of UTF-8 bytes of the text, or 0 where bits per byte has no meaning
-    (masked chat data). ``context_length`` is the model's limit, None where it states none. ``advance`` is called with the number of tokens done. Raises DataError when there
-    is nothing to score and NonFiniteError when the model returns NaN or infinite losses.
+    (masked chat data). ``context_length`` is the model's limit, None where it states none. ``advance`` is
+    called with the number of tokens done. Raises DataError when there is nothing to score and
+    NonFiniteError when the model returns NaN or infinite losses.
     """
     vocab_size = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     context_length = context_length or DEFAULT_CONTEXT_LENGTH

@@ -1,0 +1,152 @@
+"""The gate passes a sound model, and fails each of the ways in which serving has differed in practice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from hearth.data.tokenizer import DataTokenizer
+from hearth.engine import Completion, Engine
+from hearth.errors import GateError, NotFoundError
+from hearth.evaluation import run_gate
+from hearth.evaluation.gate import generation_stop_ids
+from hearth.evaluation.parity import ParityReport, check_continuations, continue_greedily
+from hearth.evaluation.prompts import CONVERSATIONS, TEXTS, ParityPrompt, make_prompts
+from hearth.models import load_model, load_tokenizer
+from hearth.workspace import Workspace
+
+MAX_TOKENS = 8
+
+
+def ask(directory: Path, engine: Engine) -> list[ParityPrompt]:
+    return make_prompts(
+        DataTokenizer.open(directory),
+        engine.tokenizer,
+        num_prompts=8,
+        max_prompt_tokens=100,
+        vocab_size=engine.vocab_size,
+    )
+
+
+@pytest.fixture(scope="module")
+def served(chat_model: Path) -> tuple[list[ParityPrompt], list[Completion]]:
+    with Engine.load(chat_model, dtype="float32") as engine:
+        prompts = ask(chat_model, engine)
+        return prompts, continue_greedily(engine, prompts, max_tokens=MAX_TOKENS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sound_model_passes(chat_model: Path, workspace_dir: Path, dtype: str) -> None:
+    report = run_gate(chat_model, dtype=dtype, num_prompts=8, max_tokens=MAX_TOKENS)
+    assert report.passed, report.render()
+    assert {prompt.name for prompt in report.prompts} == {*TEXTS, *CONVERSATIONS}
+    assert all(prompt.num_new_tokens > 0 for prompt in report.prompts)
+    assert report.to_dict() == json.loads(json.dumps(report.to_dict()))
+    assert "PASSED" in report.render()
+
+
+def test_other_weights_fail(chat_model: Path, served: tuple[list[ParityPrompt], list[Completion]]) -> None:
+    prompts, completions = served
+    model = load_model(chat_model, dtype="float32")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[:, 3].mul_(-1)
+    report = check(chat_model, prompts, completions, model=model)
+    assert not report.passed
+    assert "FAILED" in report.render()
+
+
+def test_other_prompt_ids_fail(chat_model: Path, served: tuple[list[ParityPrompt], list[Completion]]) -> None:
+    prompts, completions = served
+    # A second BOS, the commonest difference of all, on the serving side only.
+    doubled = [dataclasses.replace(p, served_ids=(p.served_ids[0], *p.served_ids)) for p in prompts]
+    report = check(chat_model, doubled, completions)
+    assert not report.passed
+    assert not any(prompt.ids_equal for prompt in report.prompts)
+    assert "prompt token ids differ" in report.render()
+
+
+def test_stopping_where_training_would_go_on_fails(
+    chat_model: Path, served: tuple[list[ParityPrompt], list[Completion]]
+) -> None:
+    prompts, completions = served
+    early = [
+        Completion(
+            prompt=None,
+            prompt_token_ids=c.prompt_token_ids,
+            text="",
+            token_ids=c.token_ids[:2],
+            finish_reason="stop",
+            logprobs=(c.logprobs or [])[:2],
+        )
+        for c in completions
+    ]
+    report = check(chat_model, prompts, early)
+    assert not report.passed
+    assert report.prompts[0].first_difference == 2
+    assert report.prompts[0].served_token == "(stopped)"
+
+
+def check(
+    directory: Path,
+    prompts: list[ParityPrompt],
+    completions: list[Completion],
+    model: torch.nn.Module | None = None,
+) -> ParityReport:
+    model = model or load_model(directory, dtype="float32")
+    return check_continuations(
+        model,
+        prompts,
+        completions,
+        dtype="float32",
+        stop_ids=generation_stop_ids(model),
+        max_tokens=MAX_TOKENS,
+    )
+
+
+def test_a_tie_is_counted_not_failed(
+    chat_model: Path, served: tuple[list[ParityPrompt], list[Completion]]
+) -> None:
+    prompts, completions = served
+    model = load_model(chat_model, dtype="float32")
+    with torch.no_grad():
+        # All tokens equally likely: whatever the engine chose ties with the best.
+        model.get_output_embeddings().weight.zero_()
+    strict = check(chat_model, prompts, completions, model=model)
+    assert not strict.passed  # the log-probabilities differ
+    assert all(prompt.tokens_equal for prompt in strict.prompts)
+    assert sum(prompt.num_ties for prompt in strict.prompts) > 0
+
+
+def test_the_gate_guards_promotion(chat_model: Path, workspace_dir: Path) -> None:
+    with Workspace.open() as workspace:
+        version = workspace.registry.create_version("tiny", chat_model)
+        with pytest.raises(GateError, match="tiny@1"):
+            workspace.registry.promote(version.ref, "production", actor="test")
+        report = run_gate("tiny@1", workspace=workspace, num_prompts=8, max_tokens=4)
+        assert report.passed
+        workspace.registry.promote(version.ref, "production", actor="test")
+        assert workspace.registry.get("tiny@production").version == 1
+        with pytest.raises(NotFoundError, match="nobody"):
+            run_gate("nobody", workspace=workspace)
+
+
+def test_a_template_that_serving_renders_differently_is_seen(chat_model: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(chat_model, changed)
+    template = changed / "chat_template.jinja"
+    template.write_text("{{ '<|im_start|>' }}" + template.read_text(encoding="utf-8"), encoding="utf-8")
+    prompts = make_prompts(
+        DataTokenizer.open(chat_model),
+        load_tokenizer(changed),
+        num_prompts=1,
+        max_prompt_tokens=100,
+        vocab_size=10_000,
+    )
+    by_name = {prompt.name: prompt for prompt in prompts}
+    assert all(by_name[name].trained_ids == by_name[name].served_ids for name in TEXTS)
+    assert all(by_name[name].trained_ids != by_name[name].served_ids for name in CONVERSATIONS)
