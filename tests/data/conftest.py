@@ -18,22 +18,15 @@ from hearth.data import Dataset, DataTokenizer, prepare_dataset, train_bpe
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
-WORDS = "the quick brown fox jumps over a lazy dog while naïve café owners count 12 345 grains of 米 ".split()
+WORDS = (
+    "the quick brown fox jumps over a lazy dog while naïve café owners count 12 345 grains of 米".split()  # noqa: SIM905 - reads better
+)
 
 
 def make_text(seed: int, num_words: int = 60) -> str:
     """Some words in lines and paragraphs."""
     rng = random.Random(seed)
     return "".join(rng.choice(WORDS) + rng.choice([" ", " ", " ", "\n", ".\n\n"]) for _ in range(num_words))
-
-
-def make_conversation(seed: int, turns: int = 1) -> list[dict[str, str]]:
-    """Questions and answers."""
-    messages = []
-    for turn in range(turns):
-        messages.append({"role": "user", "content": make_text(2 * seed + 1000 * turn, 8)})
-        messages.append({"role": "assistant", "content": make_text(2 * seed + 1 + 1000 * turn, 12)})
-    return messages
 
 
 @pytest.fixture(scope="session")

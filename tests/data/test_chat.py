@@ -1,4 +1,4 @@
-"""Conversations: the ids of serving, the mask on the answers, and an audit that fails on what breaks models."""
+"""Conversations: the ids of serving, the mask on the answers, an audit that fails on what breaks models."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_the_audit_counts(tokenizer: DataTokenizer) -> None:
 
 def test_a_template_without_marks_fails_the_audit(tokenizer_dir: Path, tmp_path: Path) -> None:
     broken = with_template(tokenizer_dir, tmp_path, NO_MARKS)
-    with pytest.raises(DataError, match="no {% generation %} marks.*all zero") as caught:
+    with pytest.raises(DataError, match=r"no \{% generation %\} marks.*all zero") as caught:
         audit_chat([TALK], broken)
     assert "endgeneration" in str(caught.value.fix)
 

@@ -17,9 +17,7 @@ lengths_lists = st.lists(st.integers(0, 60), max_size=60)
 
 
 def rows_of(plan: PackPlan) -> list[list[tuple[int, int, int]]]:
-    segments = list(
-        zip(plan.documents.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True)
-    )
+    segments = list(zip(plan.documents.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True))
     return [
         segments[start:stop] for start, stop in zip(plan.row_starts[:-1], plan.row_starts[1:], strict=True)
     ]

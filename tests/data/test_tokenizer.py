@@ -18,7 +18,7 @@ from hearth.errors import DataError
 SAMPLES = [
     "Hello, world! It's 3.14 o'clock; don't you think?",
     "  indented\n\tcode = {'a': [1, 2]}\n\n\n    return x  \n",
-    "naïve café – “quotes” … Ünïcödé, e\u0301, ﬁ",
+    "naïve café \u2013 “quotes” … Ünïcödé, e\u0301, ﬁ",
     "日本語のテキスト、한국어, العربية, עברית, हिन्दी",
     "🙂 👩‍👩‍👧 🏳️‍🌈 \U0010ffff \x00\x01\x7f\r\n \u2028 \ufeff",
     "https://example.org/?q=1&r=2#x  1,000,000  aaaaaaaaaaaaaaaaaaaaaa",

@@ -8,10 +8,11 @@ render_chat, audit_chat, DataTokenizer   conversations to ids and loss mask
 
 from hearth.data.chat import AuditReport, audit_chat, render_chat
 from hearth.data.dataset import Dataset, TokenSplit
+from hearth.data.job import Job, plan_job
 from hearth.data.manifest import Manifest
 from hearth.data.order import consumed_row_index, row_index
 from hearth.data.packing import PackPlan
-from hearth.data.prepare import Job, plan_job, prepare_dataset, prepare_in_folder
+from hearth.data.prepare import prepare_dataset, prepare_in_folder
 from hearth.data.progress import NullProgress, Progress
 from hearth.data.rows import IGNORE, PackedRow, PackedRows
 from hearth.data.template import CHATML_TEMPLATE

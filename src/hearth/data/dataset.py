@@ -125,9 +125,8 @@ class TokenSplit:
     def _info(self, index: int) -> dict[str, Any]:
         self._check(index)
         lines = self._map("lines.bin", "int64")
-        with (self.dataset.path / self.name / "documents.jsonl").open("rb") as stream:
-            stream.seek(int(lines[index]))
-            info: dict[str, Any] = json.loads(stream.read(int(lines[index + 1] - lines[index])))
+        records = self._map("documents.jsonl", "uint8")
+        info: dict[str, Any] = json.loads(records[int(lines[index]) : int(lines[index + 1])].tobytes())
         return info
 
     def document_at(self, token: int) -> int:

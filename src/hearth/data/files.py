@@ -85,8 +85,10 @@ def open_binary(path: Path) -> Iterator[IO[bytes]]:
             yield stream
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is damaged or not {path.suffix}: {error}", fix="fetch it again") from error
-    except PermissionError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", fix="change its permissions") from error
+    except (PermissionError, FileNotFoundError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}", fix="check that it is still there and its permissions"
+        ) from error
     except OSError as error:
         if error.errno is None:  # bz2 reports invalid data this way
             raise DataError(

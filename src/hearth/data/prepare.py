@@ -13,40 +13,34 @@ document and not with the text.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import platform
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from hearth.config.recipe import Recipe
 from hearth.data.chat import AuditReport, check_template
+from hearth.data.corpus import SPLITS, Corpus, scan_corpus
 from hearth.data.dataset import TOKENIZER_DIRECTORY, Dataset
 from hearth.data.files import sha256_file
-from hearth.data.filters import DUPLICATE, KEPT, REASONS, first_occurrences, held_out
+from hearth.data.job import Job, plan_job
 from hearth.data.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
-    Count,
     FileRecord,
     Manifest,
-    SourceRecord,
     SplitRecord,
     TokenizerRecord,
 )
 from hearth.data.parse import ParseOptions
-from hearth.data.process import DROP, ProcessOptions, ScanResult, TokenResult
+from hearth.data.process import DROP, ProcessOptions, TokenResult
 from hearth.data.progress import NullProgress, Progress
 from hearth.data.shards import HashedFile, SplitWriter, storage_errors
-from hearth.data.sources import Source, read_batches, resolve_sources
+from hearth.data.sources import RawDocument, check_sources_unchanged, read_batches
 from hearth.data.tokenizer import (
     SPECIAL_TOKENS,
     TOKENIZER_FILES,
@@ -58,29 +52,7 @@ from hearth.data.workers import WorkerPool, num_cores
 from hearth.errors import DataError, IntegrityError
 from hearth.version import __version__
 
-SPLITS = ("train", "validation")
 SMALL_INPUT_BYTES = 4 << 20  # below it, starting processes takes longer than the work
-MAX_BAD_EXAMPLES = 20
-
-
-@dataclass(frozen=True)
-class Job:
-    """A recipe with its sources and tokenizer resolved; ``fingerprint`` names the dataset it makes."""
-
-    recipe: Recipe
-    sources: tuple[Source, ...]
-    tokenizer: DataTokenizer | None  # None: one is trained
-    inputs: dict[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over the canonical JSON of ``inputs``."""
-        return sha256(json.dumps(self.inputs, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-    @property
-    def kind(self) -> Literal["text", "chat"]:
-        """chat when any source holds conversations."""
-        return "chat" if any(source.is_chat for source in self.sources) else "text"
 
 
 class _StageClock:
@@ -144,56 +116,6 @@ def _opened(path: Path) -> Dataset:
     dataset = Dataset.open(path)
     dataset.reused = True
     return dataset
-
-
-def plan_job(
-    recipe: Recipe, *, tokenizer_dir: Path | str | None = None, progress: Progress | None = None
-) -> Job:
-    """Resolve and hash the inputs of a recipe; reads every source once, writes nothing."""
-    sources = tuple(resolve_sources(recipe.data.sources, progress or NullProgress()))
-    tokenizer = _given_tokenizer(recipe, tokenizer_dir)
-    data = recipe.data
-    if tokenizer is None:
-        tokenizer_inputs: dict[str, Any] = {
-            "vocab_size": recipe.tokenizer.vocab_size,
-            "sample_mb": recipe.tokenizer.sample_mb,
-            "tokenizers": tokenizers_version(),
-            "model_max_length": recipe.model.context_length,
-        }
-    else:
-        tokenizer_inputs = {"sha256": tokenizer.content_hash()}
-    inputs = {
-        "format": FORMAT_VERSION,
-        "sources": [source.fingerprint() for source in sources],
-        "filters": data.filters.model_dump(mode="json"),
-        "deduplicate": data.deduplicate,
-        "on_bad_file": data.on_bad_file,
-        "validation_fraction": data.validation_fraction,
-        "seed": data.seed,
-        "tokenizer": tokenizer_inputs,
-    }
-    return Job(recipe, sources, tokenizer, inputs)
-
-
-def _given_tokenizer(recipe: Recipe, tokenizer_dir: Path | str | None) -> DataTokenizer | None:
-    if tokenizer_dir is None:
-        base = recipe.tokenizer.base or recipe.model.base
-        if base is None:
-            return None
-        if not Path(base).expanduser().is_dir():
-            key = "tokenizer.base" if recipe.tokenizer.base else "model.base"
-            raise DataError(
-                f"{key} is {base!r}, which is not a directory",
-                fix="name a directory with tokenizer files, or resolve the reference and pass tokenizer_dir",
-            )
-        tokenizer_dir = Path(base).expanduser()
-    tokenizer = DataTokenizer.open(tokenizer_dir)
-    if tokenizer.eos_id is None:
-        raise DataError(
-            f"the tokenizer in {tokenizer_dir} has no eos token, so documents could not be told apart",
-            fix="set eos_token in its tokenizer_config.json",
-        )
-    return tokenizer
 
 
 def _prepare(job: Job, out_dir: Path, clock: _StageClock) -> Dataset:
@@ -290,7 +212,7 @@ def _build(job: Job, staging: Path, clock: _StageClock) -> None:
         control_tokens=control,
     )
     with WorkerPool(_num_workers(job), options) as pool:
-        corpus = _scan(job, pool, clock)
+        corpus = scan_corpus(job, pool, clock)
         tokenizer, trained_on = job.tokenizer, 0
         directory = staging / TOKENIZER_DIRECTORY
         if tokenizer is None:
@@ -306,124 +228,19 @@ def _num_workers(job: Job) -> int:
     return 1 if sum(source.num_bytes for source in job.sources) < SMALL_INPUT_BYTES else num_cores()
 
 
-@dataclass
-class _Corpus:
-    """The decision on every document, in the order of reading."""
-
-    decisions: npt.NDArray[np.uint8]  # index into SPLITS, or DROP
-    num_bytes: npt.NDArray[np.int64]
-    split_hashes: npt.NDArray[np.uint64]
-    batch_starts: npt.NDArray[np.int64]  # documents of batch b: batch_starts[b]:batch_starts[b + 1]
-    records: list[SourceRecord]
-    split_fallback: bool
-
-    def batches(self) -> Iterator[slice]:
-        """The documents of each batch."""
-        for start, stop in zip(self.batch_starts[:-1], self.batch_starts[1:], strict=True):
-            yield slice(int(start), int(stop))
-
-
-def _scan(job: Job, pool: WorkerPool, clock: _StageClock) -> _Corpus:
-    results: list[ScanResult] = []
-    sizes: list[int] = []
-    records = [
-        SourceRecord(
-            path=source.section.path,
-            format=source.format,
-            license=source.license,
-            files=len(source.files),
-            sha256=source.sha256,
-        )
-        for source in job.sources
-    ]
-    clock.start("filter")
-    for result in pool.map("scan", _sized(read_batches(job.sources), sizes)):
-        results.append(result)
-        clock.advance(sizes[len(results) - 1])
-        for source, reason, message in result.bad:
-            records[source].bad[reason] = records[source].bad.get(reason, 0) + 1
-            if len(records[source].bad_examples) < MAX_BAD_EXAMPLES:
-                records[source].bad_examples.append(message)
-    reasons = _concatenate([result.reasons for result in results], np.uint8)
-    if job.recipe.data.deduplicate == "exact":
-        kept = np.flatnonzero(reasons == KEPT)
-        keys = np.concatenate([np.zeros((0, 16), np.uint8), *(result.keys for result in results)])[kept]
-        reasons[kept[~first_occurrences(keys)]] = DUPLICATE
-    corpus = _decide(job, results, reasons, records)
-    clock.finish()
-    return corpus
-
-
-def _sized(batches: Iterator[Any], sizes: list[int]) -> Iterator[tuple[Any]]:
-    for batch in batches:
-        sizes.append(sum(len(raw.data) for raw in batch))
-        yield (batch,)
-
-
-def _concatenate(parts: list[npt.NDArray[Any]], dtype: type[np.generic]) -> npt.NDArray[Any]:
-    return np.concatenate([np.zeros(0, dtype=dtype), *parts]).astype(dtype)
-
-
-def _decide(
-    job: Job, results: list[ScanResult], reasons: npt.NDArray[np.uint8], records: list[SourceRecord]
-) -> _Corpus:
-    sources = _concatenate([result.sources for result in results], np.int32)
-    num_bytes = _concatenate([result.num_bytes for result in results], np.int64)
-    hashes = _concatenate([result.split_hashes for result in results], np.uint64)
-    kept = np.flatnonzero(reasons == KEPT)
-    decisions = np.full(len(reasons), DROP, dtype=np.uint8)
-    validation, fallback = held_out(hashes[kept], job.recipe.data.validation_fraction)
-    decisions[kept] = validation
-    for index, record in enumerate(records):
-        mine = sources == index
-        record.read.add(int(mine.sum()), int(num_bytes[mine].sum()))
-        for code in np.unique(reasons[mine]):
-            if code != KEPT:
-                chosen = mine & (reasons == code)
-                record.removed[REASONS[code]] = Count(
-                    documents=int(chosen.sum()), bytes=int(num_bytes[chosen].sum())
-                )
-        for split, name in enumerate(SPLITS):
-            chosen = mine & (decisions == split)
-            record.kept[name] = Count(documents=int(chosen.sum()), bytes=int(num_bytes[chosen].sum()))
-    if not len(kept):
-        _raise_empty(records)
-    if validation.all():
-        _raise_unsplittable(job, len(np.unique(hashes[kept])), len(kept))
-    starts = np.cumsum([0, *(len(result.reasons) for result in results)]).astype(np.int64)
-    return _Corpus(decisions, num_bytes, hashes, starts, records, fallback)
-
-
-def _raise_empty(records: list[SourceRecord]) -> None:
-    details = []
-    for record in records:
-        lost = [f"{count.documents} by {reason}" for reason, count in sorted(record.removed.items())]
-        lost += [f"{number} as {reason}" for reason, number in sorted(record.bad.items())]
-        removed = f"removed {', '.join(lost)}" if lost else "nothing was found"
-        details.append(f"{record.path}: {record.files} files, {record.read.documents} documents, {removed}")
-    raise DataError(
-        "the corpus is empty after filtering: " + "; ".join(details),
-        fix="loosen data.filters, or check that the sources hold text",
-    )
-
-
-def _raise_unsplittable(job: Job, num_groups: int, num_documents: int) -> None:
-    fraction = job.recipe.data.validation_fraction
-    if fraction >= 1:
-        raise DataError(
-            f"data.validation_fraction is {fraction}: nothing would be left to train on",
-            fix="use a smaller fraction, such as 0.02",
-        )
-    raise DataError(
-        f"the corpus cannot be split: its {num_documents} documents are {num_groups} group (a file of a "
-        "folder, a row, a module), and both training and validation need one",
-        fix="add documents, name a single long file as the source itself (it is then cut into sections), or "
-        "set data.validation_fraction to 0",
-    )
+def _batches(job: Job, corpus: Corpus) -> Iterator[tuple[list[RawDocument], slice]]:
+    """The batches again, each with the place of its documents in the corpus."""
+    slices = corpus.batches()
+    for batch in read_batches(job.sources):
+        documents = next(slices, None)
+        if documents is None:
+            break
+        yield batch, documents
+    check_sources_unchanged(job.sources)
 
 
 def _train_tokenizer(
-    job: Job, pool: WorkerPool, corpus: _Corpus, clock: _StageClock
+    job: Job, pool: WorkerPool, corpus: Corpus, clock: _StageClock
 ) -> tuple[DataTokenizer, int]:
     """Train on the train split; above ``tokenizer.sample_mb``, on a random part of its groups."""
     train = corpus.decisions == SPLITS.index("train")
@@ -437,9 +254,7 @@ def _train_tokenizer(
     sampled = int(corpus.num_bytes[train].sum())
     clock.start("tokenizer", sampled)
     tasks = (
-        (batch, train[documents])
-        for batch, documents in zip(read_batches(job.sources), corpus.batches(), strict=True)
-        if train[documents].any()
+        (batch, train[documents]) for batch, documents in _batches(job, corpus) if train[documents].any()
     )
 
     def texts() -> Iterator[str]:
@@ -468,7 +283,7 @@ def _save_tokenizer(tokenizer: DataTokenizer, directory: Path, job: Job) -> None
 def _tokenize(
     job: Job,
     pool: WorkerPool,
-    corpus: _Corpus,
+    corpus: Corpus,
     tokenizer: DataTokenizer,
     trained_on: int,
     staging: Path,
@@ -485,10 +300,7 @@ def _tokenize(
         int(corpus.num_bytes[documents][corpus.decisions[documents] != DROP].sum())
         for documents in corpus.batches()
     ]
-    tasks = (
-        (batch, corpus.decisions[documents], len(SPLITS))
-        for batch, documents in zip(read_batches(job.sources), corpus.batches(), strict=True)
-    )
+    tasks = ((batch, corpus.decisions[documents], len(SPLITS)) for batch, documents in _batches(job, corpus))
     clock.start("tokenize", sum(kept_bytes))
     for done, results in zip(kept_bytes, pool.map("tokenize", tasks), strict=True):
         for writer, result in zip(writers, results, strict=True):

@@ -119,7 +119,7 @@ class BatchProcessor:
     def texts(self, batch: Sequence[RawDocument], wanted: npt.NDArray[np.bool_]) -> list[str]:
         """The texts of the wanted documents; a conversation gives the contents of its messages."""
         documents, _ = self._parse(batch)
-        assert len(documents) == len(wanted)
+        check_unchanged(len(documents), len(wanted))
         return [
             document.text
             if document.messages is None
@@ -134,12 +134,21 @@ class BatchProcessor:
         """Tokens per split; ``decisions`` holds the split of each document, or DROP."""
         assert self._tokenizer is not None
         documents, _ = self._parse(batch)
-        assert len(documents) == len(decisions)
+        check_unchanged(len(documents), len(decisions))
         results = []
         for split in range(num_splits):
             chosen = [document for document, to in zip(documents, decisions, strict=True) if to == split]
             results.append(_tokenize(chosen, self._tokenizer))
         return results
+
+
+def check_unchanged(num_now: int, num_before: int) -> None:
+    """Raise DataError when another pass over the sources finds another number of things."""
+    if num_now != num_before:
+        raise DataError(
+            f"the sources changed while they were read: {num_before} documents before, {num_now} now",
+            fix="run it again when nothing writes to them",
+        )
 
 
 def _tokenize(documents: list[Document], tokenizer: DataTokenizer) -> TokenResult:

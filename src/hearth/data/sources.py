@@ -65,6 +65,7 @@ class Source:
     is_file: bool
     num_bytes: int
     sha256: str
+    stamps: tuple[tuple[int, int], ...]  # size and time of change of each file when it was hashed
 
     @property
     def is_chat(self) -> bool:
@@ -91,19 +92,52 @@ def resolve_sources(sections: Sequence[SourceSection], progress: Progress) -> li
             fix="add a source, for example `sources: [{path: texts/}]` or `sources: [{path: stdlib}]`",
         )
     found = [_find(section) for section in sections]
-    sizes = [sum(file.path.stat().st_size for file in files) for _, files, _ in found]
+    stamps = [tuple(_stamp(file) for file in files) for _, files, _ in found]
+    sizes = [sum(size for size, _ in stamp) for stamp in stamps]
     progress.start("read", sum(sizes))
     sources = []
-    for index, (section, (source_format, files, is_file), size) in enumerate(
-        zip(sections, found, sizes, strict=True)
-    ):
+    for index, (section, (source_format, files, is_file)) in enumerate(zip(sections, found, strict=True)):
         digest = hashlib.sha256()
-        for file in files:
-            digest.update(f"{file.kind}\t{file.id}\t{sha256_file(file.path)}\n".encode())
-            progress.advance(file.path.stat().st_size)
-        sources.append(Source(index, section, source_format, tuple(files), is_file, size, digest.hexdigest()))
+        for file, (size, _) in zip(files, stamps[index], strict=True):
+            digest.update(f"{file.kind}\t{file.id}\t{_content_hash(file.path)}\n".encode())
+            progress.advance(size)
+        sources.append(
+            Source(
+                index,
+                section,
+                source_format,
+                tuple(files),
+                is_file,
+                sizes[index],
+                digest.hexdigest(),
+                stamps[index],
+            )
+        )
     progress.finish()
     return sources
+
+
+def _stamp(file: InputFile) -> tuple[int, int]:
+    status = file.path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _content_hash(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", fix="change its permissions") from error
+
+
+def check_sources_unchanged(sources: Sequence[Source]) -> None:
+    """Raise DataError naming the first file that changed since it was hashed."""
+    for source in sources:
+        for file, stamp in zip(source.files, source.stamps, strict=True):
+            if not file.path.exists() or _stamp(file) != stamp:
+                raise DataError(
+                    f"{file.path} changed while the dataset was made from it",
+                    fix="run it again when nothing writes to the sources",
+                )
 
 
 def _find(section: SourceSection) -> tuple[str, list[InputFile], bool]:

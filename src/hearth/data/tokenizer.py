@@ -187,7 +187,9 @@ class DataTokenizer:
     def save(self, directory: Path, *, model_max_length: int) -> None:
         """Write Hugging Face tokenizer files that ``AutoTokenizer.from_pretrained`` opens."""
         directory.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(directory / "tokenizer.json"), pretty=False)
+        # Written by us: the library's own save reports a full disk as a bare Exception.
+        text: str = self.backend.to_str(pretty=False)
+        (directory / "tokenizer.json").write_text(text, encoding="utf-8", newline="\n")
         tokens = {**self.special_tokens}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,0 +1,86 @@
+"""A recipe with its data inputs resolved, and the fingerprint that names the dataset it makes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from hearth.config.recipe import Recipe
+from hearth.data.manifest import FORMAT_VERSION
+from hearth.data.progress import NullProgress, Progress
+from hearth.data.sources import Source, resolve_sources
+from hearth.data.tokenizer import DataTokenizer, tokenizers_version
+from hearth.errors import DataError
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with its sources and tokenizer resolved; ``fingerprint`` names the dataset it makes."""
+
+    recipe: Recipe
+    sources: tuple[Source, ...]
+    tokenizer: DataTokenizer | None  # None: one is trained
+    inputs: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the canonical JSON of ``inputs``."""
+        return sha256(json.dumps(self.inputs, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def kind(self) -> Literal["text", "chat"]:
+        """chat when any source holds conversations."""
+        return "chat" if any(source.is_chat for source in self.sources) else "text"
+
+
+def plan_job(
+    recipe: Recipe, *, tokenizer_dir: Path | str | None = None, progress: Progress | None = None
+) -> Job:
+    """Resolve and hash the inputs of a recipe; reads every source once, writes nothing."""
+    sources = tuple(resolve_sources(recipe.data.sources, progress or NullProgress()))
+    tokenizer = _given_tokenizer(recipe, tokenizer_dir)
+    data = recipe.data
+    if tokenizer is None:
+        tokenizer_inputs: dict[str, Any] = {
+            "vocab_size": recipe.tokenizer.vocab_size,
+            "sample_mb": recipe.tokenizer.sample_mb,
+            "tokenizers": tokenizers_version(),
+            "model_max_length": recipe.model.context_length,
+        }
+    else:
+        tokenizer_inputs = {"sha256": tokenizer.content_hash()}
+    inputs = {
+        "format": FORMAT_VERSION,
+        "sources": [source.fingerprint() for source in sources],
+        "filters": data.filters.model_dump(mode="json"),
+        "deduplicate": data.deduplicate,
+        "on_bad_file": data.on_bad_file,
+        "validation_fraction": data.validation_fraction,
+        "seed": data.seed,
+        "tokenizer": tokenizer_inputs,
+    }
+    return Job(recipe, sources, tokenizer, inputs)
+
+
+def _given_tokenizer(recipe: Recipe, tokenizer_dir: Path | str | None) -> DataTokenizer | None:
+    if tokenizer_dir is None:
+        base = recipe.tokenizer.base or recipe.model.base
+        if base is None:
+            return None
+        if not Path(base).expanduser().is_dir():
+            key = "tokenizer.base" if recipe.tokenizer.base else "model.base"
+            raise DataError(
+                f"{key} is {base!r}, which is not a directory",
+                fix="name a directory with tokenizer files, or resolve the reference and pass tokenizer_dir",
+            )
+        tokenizer_dir = Path(base).expanduser()
+    tokenizer = DataTokenizer.open(tokenizer_dir)
+    if tokenizer.eos_id is None:
+        raise DataError(
+            f"the tokenizer in {tokenizer_dir} has no eos token, so documents could not be told apart",
+            fix="set eos_token in its tokenizer_config.json",
+        )
+    return tokenizer
