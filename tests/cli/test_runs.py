@@ -82,6 +82,15 @@ def test_a_failed_run_shows_its_error(hearth, two_runs):
     assert "error       out of [memory]" in hearth("runs", "show", broken["id"]).out
 
 
+def test_an_interrupted_run_with_a_checkpoint_says_how_to_go_on(hearth, workspace_dir):
+    with Workspace.open() as workspace:
+        run = workspace.runs.create("train", name="x")
+        run.finish("interrupted")
+    assert "--resume" not in hearth("runs", "show", run.id).err
+    (run.dir / "latest").write_text("step-000001")
+    assert f"hearth train --resume {run.id}" in hearth("runs", "show", run.id).err
+
+
 def test_nothing_yet(hearth, workspace_dir):
     result = hearth("runs", "list")
     assert (result.code, result.out) == (0, "")

@@ -98,6 +98,7 @@ def test_an_alias_in_itself_and_a_bomb_are_refused():
         ("a: !!python/name:os.system x\n", r"f\.yaml: line 1: the tag .* is not allowed"),
         ("? [1]\n: 2\n", r"f\.yaml: line 1: a key must be text"),
         ("a: 1\n---\nb: 2\n", r"f\.yaml: line 2: but found another document"),
+        ("a: \x00\n", r"f\.yaml: unacceptable character #x0000[^\n]*$"),
         ("<<: 3\n", r"<< needs a mapping"),
     ],
 )

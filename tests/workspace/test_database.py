@@ -147,6 +147,12 @@ def test_other_databases_are_refused(url):
         parse_url(url)
 
 
+def test_a_malformed_url_shows_no_password():
+    with pytest.raises(ConfigError, match="is not a URL") as caught:
+        parse_url("postgresql//me:hunter2@host/d")
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
 def test_every_spelling_of_postgres_means_psycopg(scheme):
     assert parse_url(f"{scheme}://u:p@h/d").drivername == "postgresql+psycopg"

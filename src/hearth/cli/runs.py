@@ -85,6 +85,8 @@ def show(run_id: str, metric: str | None, as_json: bool) -> None:
     if points:
         click.echo()
         _print_metrics(points)
+    if run.status == "interrupted" and (run.dir / "latest").exists():
+        note(f"it has a checkpoint: `hearth train --resume {run.id}` goes on")
 
 
 @runs.command()

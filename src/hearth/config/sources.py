@@ -193,4 +193,4 @@ class _Builder:
 def _problem(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem or error.context}"
-    return str(error)
+    return str(error).splitlines()[0]

@@ -189,6 +189,15 @@ class ArtifactStore:
         """Whether the store has this object (without reading it)."""
         return self._exists(parse_digest(digest))
 
+    def holds(self, sha256: str, path: Path) -> bool:
+        """Whether ``path`` is the store's own file for the object, by a hard link."""
+        if self.local_root is None:
+            return False
+        try:
+            return path.samefile(self._key(sha256))
+        except FileNotFoundError:
+            return False
+
     def tree(self, digest: str) -> list[TreeFile]:
         """The files of a tree, sorted by path."""
         return decode_tree(self.read_bytes(digest), digest)

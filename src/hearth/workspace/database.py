@@ -191,7 +191,8 @@ def parse_url(url: str | URL) -> URL:
     try:
         parsed = make_url(url)
     except sa.exc.ArgumentError as error:
-        raise ConfigError(f"database_url {url!s} is not a URL", fix=f"write {_ALLOWED}") from error
+        shown = "(not shown, it may hold a password)" if "@" in str(url) else repr(str(url))
+        raise ConfigError(f"database_url {shown} is not a URL", fix=f"write {_ALLOWED}") from error
     backend = parsed.get_backend_name()
     if backend in ("postgres", "postgresql"):
         return parsed.set(drivername="postgresql+psycopg")
