@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from hearth.engine import SamplingParams
+from hearth.models import encode_chat, encode_text
 from hearth.serving import protocol
 from hearth.serving.answers import ChatDialect, CompletionDialect, Dialect, Heading, PlainDialect
 from hearth.serving.http import HttpError
@@ -178,7 +179,7 @@ class JobMaker:
                     400, "prompt: the list of token ids is empty", param="prompt", code="invalid_value"
                 )
             return list(prompt)
-        ids = await self._call(len(prompt), lambda: list(self._tokenizer(prompt)["input_ids"]))
+        ids = await self._call(len(prompt), lambda: encode_text(self._tokenizer, prompt))
         if not ids:
             raise HttpError(
                 400, "prompt is empty, and this tokenizer has no token that begins a text", param="prompt",
@@ -194,16 +195,9 @@ class JobMaker:
                 "use /v1/completions or /generate",
                 code="no_chat_template",
             )
-
-        def render() -> list[int]:
-            return list(
-                self._tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=False
-                )
-            )
-
+        num_characters = sum(len(turn["content"]) for turn in messages)
         try:
-            return await self._call(sum(len(turn["content"]) for turn in messages), render)
+            return await self._call(num_characters, lambda: encode_chat(self._tokenizer, messages))
         except TemplateError as error:
             raise HttpError(
                 400, f"the model's chat template refuses these messages: {error}", param="messages",

@@ -1,0 +1,335 @@
+"""`hearth chat`: a conversation in the terminal, with a model in this process or behind a URL."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import click
+
+from hearth.cli.output import note
+from hearth.errors import HearthError, RequestError, ServingError
+
+HELP = """\
+/reset          forget the conversation
+/system TEXT    set the system text (and reset); without TEXT, drop it
+/help           this
+/exit           leave (so does Ctrl-D); Ctrl-C stops an answer"""
+
+NO_TEMPLATE = "note: {} has no chat template; it continues your text instead, without memory"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are drawn. ``None`` leaves it to the model."""
+
+    max_tokens: int | None
+    temperature: float | None
+    seed: int | None
+
+
+class Talker(Protocol):
+    """Whoever answers. ``chats`` is whether it knows turns, or only continues a text."""
+
+    name: str
+    chats: bool
+
+    def chat(self, messages: list[dict[str, str]], settings: Settings) -> Generator[str, None, None]:
+        """The answer's pieces."""
+        ...
+
+    def complete(self, text: str, settings: Settings) -> Generator[str, None, None]:
+        """The continuation's pieces."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything."""
+        ...
+
+
+class LocalTalker:
+    """An engine in this process."""
+
+    def __init__(self, reference: str, engine_options: dict[str, Any]) -> None:
+        from hearth.engine import Engine
+
+        self.name = reference
+        self._engine = Engine.load(reference, **engine_options)
+        self._tokenizer = self._engine.tokenizer
+        self.chats = bool(getattr(self._tokenizer, "chat_template", None))
+
+    def chat(self, messages: list[dict[str, str]], settings: Settings) -> Generator[str, None, None]:
+        """Render the template and stream."""
+        from hearth.models import encode_chat
+
+        yield from self._stream(encode_chat(self._tokenizer, messages), settings)
+
+    def complete(self, text: str, settings: Settings) -> Generator[str, None, None]:
+        """Continue ``text``."""
+        yield from self._stream(text, settings)
+
+    def _stream(self, prompt: str | list[int], settings: Settings) -> Generator[str, None, None]:
+        from hearth.engine import SamplingParams
+
+        given: dict[str, Any] = {"temperature": settings.temperature, "seed": settings.seed}
+        params = SamplingParams(
+            max_tokens=settings.max_tokens,
+            **{key: value for key, value in given.items() if value is not None},
+        )
+        with contextlib.closing(_as_generator(self._engine.stream(prompt, params))) as outputs:
+            for output in outputs:
+                if output.text:
+                    yield output.text
+
+    def close(self) -> None:
+        """Free the model."""
+        self._engine.close()
+
+
+def _as_generator(iterator: Iterator[Any]) -> Generator[Any, None, None]:
+    yield from iterator
+
+
+class RemoteTalker:
+    """A server with an OpenAI-compatible API, through OpenAI's own client."""
+
+    chats = True
+
+    def __init__(self, url: str, model: str | None, api_key: str | None) -> None:
+        import openai
+
+        base = url.rstrip("/")
+        self._openai = openai
+        self._client = openai.OpenAI(
+            base_url=base if base.endswith("/v1") else base + "/v1",
+            api_key=api_key or os.environ.get("HEARTH_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none",
+        )
+        with self._errors(url):
+            known = [entry.id for entry in self._client.models.list()]
+        if model is None:
+            if len(known) != 1:
+                raise ServingError(
+                    f"{url} serves {', '.join(known) or 'no model'}", fix="choose one with --model NAME"
+                )
+            model = known[0]
+        self.name = model
+
+    def chat(self, messages: list[dict[str, str]], settings: Settings) -> Generator[str, None, None]:
+        """Stream a chat completion; falls back to plain completion when the model has no template."""
+        turns: Any = messages
+        with self._errors(self.name):
+            try:
+                stream: Any = self._client.chat.completions.create(
+                    model=self.name, messages=turns, stream=True, **self._options(settings)
+                )
+            except self._openai.BadRequestError as error:
+                if error.code != "no_chat_template":
+                    raise
+                self.chats = False
+                raise NoTemplateError(str(self.name)) from None
+            with contextlib.closing(stream):
+                for chunk in stream:
+                    if chunk.choices and (text := chunk.choices[0].delta.content):
+                        yield text
+
+    def complete(self, text: str, settings: Settings) -> Generator[str, None, None]:
+        """Stream a completion."""
+        options = self._options(settings)
+        options.setdefault("max_tokens", 256)
+        with self._errors(self.name):
+            stream: Any = self._client.completions.create(
+                model=self.name, prompt=text, stream=True, **options
+            )
+            with contextlib.closing(stream):
+                for chunk in stream:
+                    if chunk.choices and chunk.choices[0].text:
+                        yield chunk.choices[0].text
+
+    @staticmethod
+    def _options(settings: Settings) -> dict[str, Any]:
+        return {key: value for key, value in vars(settings).items() if value is not None}
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Generator[None, None, None]:
+        try:
+            yield
+        except self._openai.APIConnectionError as error:
+            raise ServingError(f"cannot reach {what}: {error}", fix="is the server running?") from error
+        except self._openai.AuthenticationError as error:
+            raise ServingError(
+                f"{what} wants an API key: {error.message}", fix="give --api-key, or set HEARTH_API_KEY"
+            ) from error
+        except self._openai.BadRequestError as error:
+            raise RequestError(error.message, param=error.param) from error
+        except self._openai.APIError as error:
+            raise ServingError(f"{what}: {error.message}") from error
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+
+class NoTemplateError(RequestError):
+    """The model cannot chat; raised once, before the fall-back to completion."""
+
+
+@dataclass
+class Conversation:
+    """What was said, and who answers. ``turn`` yields the pieces of one answer."""
+
+    talker: Talker
+    settings: Settings
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def reset(self, system: str | None) -> None:
+        """Forget what was said."""
+        self.system = system
+        self.messages.clear()
+
+    def turn(self, text: str) -> Generator[str, None, None]:
+        """Say ``text``; an answer that was stopped midway stays in the history as far as it went."""
+        if not self.talker.chats:
+            yield from self.talker.complete(text, self.settings)
+            return
+        said = {"role": "user", "content": text}
+        opening = [{"role": "system", "content": self.system}] if self.system else []
+        pieces: list[str] = []
+        try:
+            for piece in self.talker.chat([*opening, *self.messages, said], self.settings):
+                pieces.append(piece)
+                yield piece
+        except NoTemplateError:
+            note(NO_TEMPLATE.format(self.talker.name))
+            yield from self.talker.complete(text, self.settings)
+            return
+        finally:
+            if pieces:
+                self.messages += [said, {"role": "assistant", "content": "".join(pieces)}]
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--url", help="Talk to a running server instead, such as http://127.0.0.1:8000.")
+@click.option("--model", "remote_model", help="With --url: the model's name there, if it serves several.")
+@click.option("--api-key", help="With --url: the key. Default: $HEARTH_API_KEY.")
+@click.option("--system", help="A system text before the conversation.")
+@click.option("--max-tokens", type=int, help="Longest answer.  [default: 512, or what the context leaves]")
+@click.option("--temperature", type=float, help="0 takes the likeliest token.  [default: 0.7]")
+@click.option("--seed", type=int, help="Makes answers reproducible.")
+@click.option(
+    "--dtype", default="auto", show_default=True, help="With MODEL: auto, float32, bfloat16 or float16."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object an answer; notes go to stderr.")
+def chat(
+    model: str | None,
+    url: str | None,
+    remote_model: str | None,
+    api_key: str | None,
+    system: str | None,
+    max_tokens: int | None,
+    temperature: float | None,
+    seed: int | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Talk to MODEL (name, name@version, directory, hf:org/name), or to a server with --url.
+
+    Type /help for commands. With input from a pipe each line is one turn:
+    printf 'Hello\\nAnd you?\\n' | hearth chat MODEL
+    """
+    if (model is None) == (url is None):
+        raise click.UsageError("give a MODEL or --url URL, one of the two")
+    settings = Settings(max_tokens, 0.7 if temperature is None else temperature, seed)
+    talker: Talker
+    if url is not None:
+        talker = RemoteTalker(url, remote_model, api_key)
+    else:
+        assert model is not None
+        talker = LocalTalker(model, {"dtype": dtype, "max_num_seqs": 1})
+    try:
+        if not talker.chats:
+            note(NO_TEMPLATE.format(talker.name))
+        _talk(Conversation(talker, settings, system), as_json=as_json, interactive=sys.stdin.isatty())
+    finally:
+        talker.close()
+
+
+def _talk(conversation: Conversation, *, as_json: bool, interactive: bool) -> None:
+    """Read turns until the end of input. In a pipe an error ends it; in a terminal one may go on."""
+    if interactive:
+        note(f"talking to {conversation.talker.name}; /help shows the commands")
+    while True:
+        line = _read_line(interactive)
+        if line is None:
+            return
+        text = line.strip()
+        if not text:
+            continue
+        if text.startswith("/"):
+            if text.split()[0] == "/exit":
+                return
+            _command(conversation, text)
+            continue
+        try:
+            _answer(conversation, text, as_json=as_json)
+        except HearthError as error:
+            if not interactive:
+                raise
+            note(f"error: {error}")
+
+
+def _read_line(interactive: bool) -> str | None:
+    """The next line, or None at the end of input."""
+    if not interactive:
+        line = sys.stdin.readline()
+        return line or None
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() history and editing
+    try:
+        return input("> ")
+    except EOFError:
+        click.echo()
+        return None
+    except KeyboardInterrupt:
+        click.echo()
+        return ""
+
+
+def _command(conversation: Conversation, text: str) -> None:
+    name, _, rest = text.partition(" ")
+    if name == "/reset":
+        conversation.reset(conversation.system)
+        note("the conversation starts anew")
+    elif name == "/system":
+        conversation.reset(rest.strip() or None)
+        note("system text set" if conversation.system else "no system text")
+    elif name == "/help":
+        note(HELP)
+    else:
+        note(f"no command {name}; /help shows them")
+
+
+def _answer(conversation: Conversation, text: str, *, as_json: bool) -> None:
+    pieces: list[str] = []
+    stopped = False
+    with contextlib.closing(conversation.turn(text)) as answer:
+        try:
+            for piece in answer:
+                pieces.append(piece)
+                if not as_json:
+                    click.echo(piece, nl=False)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            stopped = True
+    if as_json:
+        whole = {"prompt": text, "text": "".join(pieces), "model": conversation.talker.name}
+        click.echo(json.dumps(whole, ensure_ascii=False))
+    else:
+        click.echo(" [stopped]" if stopped else "")
