@@ -24,7 +24,7 @@ def _row_breaks(trainer: Trainer, row: int) -> bool:
         return False
     with autocast(trainer.precision, trainer.device):
         loss, _ = trainer.compute_loss(trainer.model, batch)
-    if not math.isfinite(float(loss)):
+    if not math.isfinite(float(loss.detach())):
         return True
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
