@@ -43,7 +43,7 @@ def test_eval_text_beside_the_baselines(
     uniform = math.log2(report["vocab_size"]) * (report["num_scored"] + 1) / len(TEXT)
     assert report["bits_per_byte"] == pytest.approx(uniform, rel=0.1)
     # One line over and over: bytes taken one by one look random, repetition compresses to almost nothing.
-    assert report["order0_bits_per_byte"] > 10 * report["xz_bits_per_byte"] > 0
+    assert report["order0_bits_per_byte"] > 5 * report["xz_bits_per_byte"] > 0
     table = hearth("eval", model, "--text", text_file)
     assert (table.code, "bits_per_byte" in table.out) == (0, True)
 

@@ -12,11 +12,15 @@ from hearth.models import load_model, model_info
 if TYPE_CHECKING:
     from hearth.data import TokenSplit
 
+# How the stdlib source names the document of a module's docstrings.
+DOCS_SUFFIX = ":docs"
+
 
 def score_text(directory: Path, split: TokenSplit, max_bytes: int) -> dict[str, Any]:
     """Bits per byte of the model and of the baselines on the same held-out bytes.
 
-    Takes documents in order until ``max_bytes`` are reached, at least one.
+    Takes source files in order until ``max_bytes`` are reached, at least one. The documents of docstrings
+    are left out: they repeat what the sources hold, which only a compressor over all of them could use.
     """
     texts: list[str] = []
     documents = []
@@ -24,6 +28,8 @@ def score_text(directory: Path, split: TokenSplit, max_bytes: int) -> dict[str, 
     for index in range(split.num_documents):
         if size >= max_bytes:
             break
+        if str(split.document_info(index)["id"]).endswith(DOCS_SUFFIX):
+            continue
         text = split.text(index)
         texts.append(text)
         documents.append((split.tokens(index), None))

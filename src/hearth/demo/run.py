@@ -74,14 +74,16 @@ class Demo:
     @contextlib.contextmanager
     def stage(self, name: str, doing: str) -> Iterator[None]:
         number = STAGES.index(name) + 1
-        self.console.print(f"[bold]\\[{number}/{len(STAGES)}] {name}[/bold]: {doing}", highlight=False)
+        self.console.print(
+            f"[bold]\\[{number}/{len(STAGES)}] {name}[/bold]: {doing}", highlight=False, soft_wrap=True
+        )
         started = time.monotonic()
         yield
         self.report.seconds[name] = time.monotonic() - started
         self.say(f"done in {self.report.seconds[name]:.1f} s")
 
     def say(self, text: str) -> None:
-        self.console.print(f"      {text}", highlight=False, markup=False)
+        self.console.print(f"      {text}", highlight=False, markup=False, soft_wrap=True)
 
     def reused(self, what: str) -> None:
         self.report.reused.append(what)
