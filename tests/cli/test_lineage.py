@@ -61,6 +61,15 @@ def test_branches_are_drawn(hearth, chain):
     assert "        └─ prepared: source:web" in lines
 
 
+def test_very_many_branches_are_counted(hearth, chain):
+    with Workspace.open() as workspace:
+        workspace.lineage.add_many((f"source:{i}", "dataset:wide", "prepared") for i in range(45))
+    lines = hearth("lineage", "dataset:wide").out.splitlines()
+    assert "  └─ and 5 more; --json lists them all" in lines
+    assert sum("├─ prepared" in line for line in lines) == 40
+    assert len(hearth("lineage", "dataset:wide", "--json").json["made_from"]["children"]) == 45
+
+
 def test_an_ambiguous_prefix_lists_what_it_may_mean(hearth, chain):
     with Workspace.open() as workspace:
         workspace.lineage.add("dataset:f00dbeef", "run:x", "trained")

@@ -84,12 +84,23 @@ def test_depth_can_be_limited(lineage):
     assert lineage.down("dataset:d1", max_depth=1).refs() == ["dataset:d1", "run:r1"]
 
 
-@pytest.mark.parametrize("node", ["", "dataset", "dataset:", ":x", "Data:x", "dataset:a b", "a:" + "x" * 600])
+@pytest.mark.parametrize("node", ["", "dataset", "dataset:", ":x", "Data:x", "dataset: a", "a:b\n"])
 def test_bad_nodes_are_refused(lineage, node):
     with pytest.raises(InputError, match="is not a lineage node"):
         lineage.add(node, "run:r1", "x")
     with pytest.raises(InputError, match="cannot be made from itself"):
         lineage.add("run:r1", "run:r1", "x")
+
+
+def test_paths_with_spaces_and_very_long_ones_are_nodes(lineage):
+    lineage.add("source:/my texts/a b.txt", "dataset:d", "prepared")
+    long, other = "source:/" + "x" * 3000, "source:/" + "x" * 2999 + "y"
+    lineage.add(long, "dataset:d", "prepared")
+    lineage.add(other, "dataset:d", "prepared")
+    assert len(lineage.up("dataset:d").children) == 3
+    for ref in (long, other, "source:/my texts/a b.txt"):
+        assert lineage.exists(ref)
+        assert [child.ref for child in lineage.down(ref).children] == ["dataset:d"]
 
 
 def test_find_by_prefix_takes_no_wildcards(lineage):

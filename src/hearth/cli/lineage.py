@@ -13,6 +13,8 @@ from hearth.errors import NotFoundError
 if TYPE_CHECKING:
     from hearth.workspace import LineageNode, Workspace
 
+_MAX_CHILDREN = 40  # a dataset may have thousands of sources
+
 
 @click.command()
 @click.argument("ref")
@@ -73,9 +75,12 @@ def _named(workspace: Workspace, ref: str) -> list[str]:
 def draw(root: LineageNode, indent: str = "  ") -> list[str]:
     """The tree below ``root`` as lines with branches."""
     lines = []
-    for index, child in enumerate(root.children):
-        last = index == len(root.children) - 1
+    shown, hidden = root.children[:_MAX_CHILDREN], len(root.children) - _MAX_CHILDREN
+    for index, child in enumerate(shown):
+        last = index == len(shown) - 1 and hidden <= 0
         more = " …" if child.repeated else ""
         lines.append(f"{indent}{'└─' if last else '├─'} {child.relation}: {child.ref}{more}")
         lines += draw(child, indent + ("   " if last else "│  "))
+    if hidden > 0:
+        lines.append(f"{indent}└─ and {hidden} more; --json lists them all")
     return lines

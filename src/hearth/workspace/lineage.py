@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from hearth.errors import InputError
 from hearth.workspace.database import Database
 from hearth.workspace.schema import edges, utcnow
 
-_NODE = re.compile(r"[a-z][a-z0-9-]*:\S+")
+_NODE = re.compile(r"[a-z][a-z0-9-]*:\S(?:[^\r\n\t]*\S)?")  # paths may hold spaces
+_MAX_LENGTH = 512  # of the column; Postgres indexes no very long text
 
 
 @dataclass
@@ -62,11 +64,7 @@ class Lineage:
         now = utcnow()
         values = []
         for src, dst, relation in rows:
-            for node in (src, dst):
-                if not _NODE.fullmatch(node) or len(node) > 512:
-                    raise InputError(
-                        f"{node!r} is not a lineage node", fix="a node is kind:id, such as model:chat@3"
-                    )
+            src, dst = _node(src), _node(dst)
             if src == dst:
                 raise InputError(f"{src} cannot be made from itself")
             values.append({"src": src, "dst": dst, "relation": relation, "created_at": now})
@@ -88,6 +86,7 @@ class Lineage:
 
     def find(self, prefix: str, *, exact: bool = False, limit: int = 20) -> list[str]:
         """The nodes whose ``kind:id`` begins with ``prefix``."""
+        prefix = _fitted(prefix) if exact else prefix
         found: set[str] = set()
         with self._database.read() as connection:
             for column in (edges.c.src, edges.c.dst):
@@ -97,6 +96,7 @@ class Lineage:
 
     def _tree(self, ref: str, here: sa.Column[str], there: sa.Column[str], max_depth: int) -> LineageNode:
         """Breadth first, one query a level; each node is expanded where it is first met."""
+        ref = _fitted(ref)
         root = LineageNode(ref)
         expanded: set[str] = {ref}
         level = [root]
@@ -115,6 +115,20 @@ class Lineage:
                             following.append(child)
                 level = following
         return root
+
+
+def _node(ref: str) -> str:
+    """Check a node before it is recorded."""
+    if not _NODE.fullmatch(ref):
+        raise InputError(f"{ref!r} is not a lineage node", fix="a node is kind:id, such as model:chat@3")
+    return _fitted(ref)
+
+
+def _fitted(ref: str) -> str:
+    """A very long node (a path, most likely) by its beginning and the hash of the whole."""
+    if len(ref) <= _MAX_LENGTH:
+        return ref
+    return f"{ref[: _MAX_LENGTH - 20]}…{hashlib.sha256(ref.encode()).hexdigest()[:16]}"
 
 
 def _neighbours(
