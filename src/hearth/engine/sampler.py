@@ -87,6 +87,7 @@ class Sampled:
     logprobs: list[TokenLogprob | None]
 
 
+@torch.inference_mode()  # the logits are an inference tensor, which penalties change in place
 def sample(logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
     """Choose a token for each row; ``logits_RV`` is float32 and may be changed in place."""
     assert logits_RV.shape[0] == len(states)
