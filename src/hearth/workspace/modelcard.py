@@ -14,7 +14,7 @@ from hearth.errors import ModelError
 from hearth.workspace.artifacts import TreeFile, hash_file
 
 if TYPE_CHECKING:
-    from hearth.workspace.registry import ModelVersion, Report
+    from hearth.workspace.records import ModelVersion, Report
 
 CARD = "hearth.json"
 CARD_FORMAT = 1

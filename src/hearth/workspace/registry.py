@@ -10,15 +10,12 @@ import builtins
 import shutil
 import urllib.parse
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from hearth.errors import ConflictError, GateError, InputError, IntegrityError, NotFoundError
-from hearth.workspace import schema
 from hearth.workspace.artifacts import (
     ArtifactStore,
     TreeFile,
@@ -31,90 +28,23 @@ from hearth.workspace.database import Database
 from hearth.workspace.lineage import Lineage
 from hearth.workspace.locks import file_lock
 from hearth.workspace.modelcard import CARD, card, declared_licence, model_facts, read_card
-from hearth.workspace.names import LATEST, check_alias, check_model_name, default_actor, split_reference
-from hearth.workspace.schema import aliases, dump_json, history, models, pins, reports, utcnow, versions
+from hearth.workspace.names import check_alias, check_model_name, default_actor, split_reference
+from hearth.workspace.records import (
+    HistoryEntry,
+    ModelVersion,
+    Report,
+    aliases_of,
+    drop_alias,
+    is_version,
+    remember,
+    reports_of,
+    select_version,
+    set_alias,
+    shut_gate,
+)
+from hearth.workspace.schema import dump_json, history, models, pins, reports, utcnow, versions
 
 REPORT_KINDS = ("parity", "evaluation")
-
-
-@dataclass(frozen=True)
-class ModelVersion:
-    """One immutable version. ``path`` is a Hugging Face directory with a hearth.json."""
-
-    name: str
-    version: int
-    digest: str
-    path: Path
-    status: str
-    size: int
-    created_at: datetime
-    created_by: str
-    run_id: str | None = None
-    recipe: dict[str, Any] | None = None
-    recipe_hash: str | None = None
-    dataset_fingerprint: str | None = None
-    parent: str | None = None
-    licence: str | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def ref(self) -> str:
-        """``name@version``."""
-        return f"{self.name}@{self.version}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, ready for JSON."""
-        values = {**vars(self), "ref": self.ref, "path": str(self.path), "aliases": list(self.aliases)}
-        return {**values, "created_at": self.created_at.isoformat()}
-
-
-@dataclass(frozen=True)
-class Report:
-    """Evidence about a version: of its parity gate (``passed`` says how it ended) or an evaluation.
-
-    ``imported`` marks evidence that came with an imported directory; it does not open the gate.
-    """
-
-    kind: str
-    passed: bool | None
-    imported: bool
-    report: dict[str, Any]
-    created_at: datetime
-    created_by: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """As it stands in hearth.json."""
-        return {
-            "kind": self.kind,
-            "passed": self.passed,
-            "imported": self.imported,
-            "created_at": self.created_at.isoformat(),
-            "created_by": self.created_by,
-            "report": self.report,
-        }
-
-
-@dataclass(frozen=True)
-class HistoryEntry:
-    """One change: ``event`` is created, imported, alias, alias-removed, tagged, report or deleted."""
-
-    name: str
-    at: datetime
-    actor: str
-    event: str
-    version: int | None
-    alias: str | None
-    from_version: int | None
-    to_version: int | None
-    forced: bool
-    reason: str | None
-    detail: dict[str, Any] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, ready for JSON."""
-        return {**vars(self), "at": self.at.isoformat()}
 
 
 class Registry:
@@ -201,7 +131,7 @@ class Registry:
             connection.execute(models.update().where(models.c.name == name).values(last_version=number))
             values = {"name": name, "version": number, "status": "active", "created_at": now}
             connection.execute(versions.insert().values(**row, **values, created_by=actor))
-            _remember(connection, name, actor, event, version=number, to_version=number)
+            remember(connection, name, actor, event, version=number, to_version=number)
             return number
 
     def _record_lineage(
@@ -234,7 +164,7 @@ class Registry:
         """As ``get``, from the database alone: the directory may be missing."""
         name, selector = split_reference(ref)
         with self._database.read() as connection:
-            number = _select(connection, name, selector)
+            number = select_version(connection, name, selector)
             return self._version(connection, name, number)
 
     def list(self, name: str | None = None) -> list[ModelVersion]:
@@ -244,7 +174,7 @@ class Registry:
         if name is not None:
             query = query.where(versions.c.name == check_model_name(name))
         with self._database.read() as connection:
-            named = _aliases(connection, name)
+            named = aliases_of(connection, name)
             return [self._from_row(row, named) for row in connection.execute(query)]
 
     def resolve(self, ref: str | Path) -> Path:
@@ -293,7 +223,7 @@ class Registry:
                 reports.insert().values(name=version.name, version=version.version, **vars(entry))
             )
             detail = {"kind": kind, "passed": passed, "imported": imported}
-            _remember(connection, version.name, actor, "report", version=version.version, detail=detail)
+            remember(connection, version.name, actor, "report", version=version.version, detail=detail)
         self._write_card(version.name, version.version)
         return entry
 
@@ -301,7 +231,7 @@ class Registry:
         """The evidence about a version, oldest first."""
         version = self.find(ref)
         with self._database.read() as connection:
-            return _reports(connection, version.name, version.version, kind)
+            return reports_of(connection, version.name, version.version, kind)
 
     # ── changing ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -325,15 +255,15 @@ class Registry:
         actor = actor or default_actor()
         with self._database.write() as connection:
             self._locked(connection, version)
-            problem = _gate(_reports(connection, version.name, version.version, "parity"), version.ref)
+            problem = shut_gate(reports_of(connection, version.name, version.version, "parity"), version.ref)
             if problem is not None and not force:
                 raise GateError(
                     problem,
                     fix=f"run `hearth parity {version.ref}`, or promote with --force --reason WHY",
                 )
-            before = _aliases(connection, version.name).get(version.name, {}).get(alias)
-            _set_alias(connection, version, alias, actor)
-            _remember(
+            before = aliases_of(connection, version.name).get(version.name, {}).get(alias)
+            set_alias(connection, version, alias, actor)
+            remember(
                 connection,
                 version.name,
                 actor,
@@ -356,10 +286,10 @@ class Registry:
     ) -> None:
         """Take an alias away; the version stays. Raises NotFoundError when there is no such alias."""
         with self._database.write() as connection:
-            before = _aliases(connection, name).get(check_model_name(name), {}).get(alias)
+            before = aliases_of(connection, name).get(check_model_name(name), {}).get(alias)
             if before is None:
                 raise NotFoundError(f"model {name} has no alias {alias!r}")
-            _drop_alias(connection, name, alias, before, actor or default_actor(), reason, forced=False)
+            drop_alias(connection, name, alias, before, actor or default_actor(), reason, forced=False)
         self._write_card(name, before)
 
     def tag(
@@ -374,9 +304,9 @@ class Registry:
         with self._database.write() as connection:
             current = self._locked(connection, version).tags
             merged = {k: str(v) for k, v in {**current, **tags}.items() if v is not None}
-            connection.execute(versions.update().where(_is(version)).values(tags=merged))
+            connection.execute(versions.update().where(is_version(version)).values(tags=merged))
             detail = {"tags": dict(tags)}
-            _remember(
+            remember(
                 connection,
                 version.name,
                 actor or default_actor(),
@@ -405,9 +335,9 @@ class Registry:
                         fix="move the alias to another version first, or delete with --force",
                     )
                 for alias in version.aliases:
-                    _drop_alias(connection, version.name, alias, version.version, actor, reason, forced=True)
-                connection.execute(versions.update().where(_is(version)).values(status="deleted"))
-                _remember(
+                    drop_alias(connection, version.name, alias, version.version, actor, reason, forced=True)
+                connection.execute(versions.update().where(is_version(version)).values(status="deleted"))
+                remember(
                     connection,
                     version.name,
                     actor,
@@ -550,7 +480,7 @@ class Registry:
     def _card_text(self, name: str, number: int) -> str:
         with self._database.read() as connection:
             version = self._version(connection, name, number)
-            evidence = _reports(connection, name, number, None)
+            evidence = reports_of(connection, name, number, None)
         files = self._artifacts.tree(version.digest)
         return dump_json(card(version, files, evidence), indent=2) + "\n"
 
@@ -564,7 +494,7 @@ class Registry:
             raise NotFoundError(
                 f"{name}@{number} was deleted", fix="`hearth models list` shows what there is"
             )
-        return self._from_row(row, _aliases(connection, name))
+        return self._from_row(row, aliases_of(connection, name))
 
     def _locked(self, connection: sa.Connection, version: ModelVersion) -> ModelVersion:
         """The version as it is now; nobody else changes its model until the transaction ends."""
@@ -575,104 +505,6 @@ class Registry:
         own = sorted(alias for alias, number in named.get(row.name, {}).items() if number == row.version)
         values = row._asdict()
         return ModelVersion(**values, aliases=tuple(own), path=self._path(row.name, row.version))
-
-
-def _select(connection: sa.Connection, name: str, selector: str | None) -> int:
-    """The number of the version that ``name@selector`` means."""
-    live = list(
-        connection.scalars(
-            sa.select(versions.c.version)
-            .where(versions.c.name == name, versions.c.status == "active")
-            .order_by(versions.c.version)
-        )
-    )
-    if not live:
-        raise NotFoundError(f"no model {name!r} in the registry", fix="`hearth models list` shows them")
-    if selector is None or selector == LATEST:
-        return int(live[-1])
-    if selector.isdigit():
-        if int(selector) in live:
-            return int(selector)
-        numbers = ", ".join(str(number) for number in live)
-        raise NotFoundError(f"model {name} has no version {selector}", fix=f"it has {numbers}")
-    known = _aliases(connection, name).get(name, {})
-    if selector in known:
-        return known[selector]
-    shown = ", ".join(sorted(known)) or "none yet; `hearth models promote` sets one"
-    raise NotFoundError(f"model {name} has no alias {selector!r}", fix=f"aliases: {shown}")
-
-
-def _aliases(connection: sa.Connection, name: str | None) -> dict[str, dict[str, int]]:
-    """name -> alias -> version."""
-    query = sa.select(aliases.c.name, aliases.c.alias, aliases.c.version)
-    if name is not None:
-        query = query.where(aliases.c.name == name)
-    found: dict[str, dict[str, int]] = {}
-    for owner, alias, number in connection.execute(query):
-        found.setdefault(owner, {})[alias] = number
-    return found
-
-
-def _set_alias(connection: sa.Connection, version: ModelVersion, alias: str, actor: str) -> None:
-    connection.execute(aliases.delete().where(aliases.c.name == version.name, aliases.c.alias == alias))
-    connection.execute(
-        aliases.insert().values(
-            name=version.name, alias=alias, version=version.version, updated_at=utcnow(), updated_by=actor
-        )
-    )
-
-
-def _drop_alias(
-    connection: sa.Connection,
-    name: str,
-    alias: str,
-    number: int,
-    actor: str,
-    reason: str | None,
-    *,
-    forced: bool,
-) -> None:
-    connection.execute(aliases.delete().where(aliases.c.name == name, aliases.c.alias == alias))
-    _remember(
-        connection,
-        name,
-        actor,
-        "alias-removed",
-        version=number,
-        alias=alias,
-        from_version=number,
-        forced=forced,
-        reason=reason,
-    )
-
-
-def _reports(connection: sa.Connection, name: str, number: int, kind: str | None) -> list[Report]:
-    query = sa.select(reports).where(reports.c.name == name, reports.c.version == number)
-    if kind is not None:
-        query = query.where(reports.c.kind == kind)
-    return [
-        Report(row.kind, row.passed, row.imported, row.report, row.created_at, row.created_by)
-        for row in connection.execute(query.order_by(reports.c.id))
-    ]
-
-
-def _gate(parity: list[Report], ref: str) -> str | None:
-    """Why the parity gate is shut; None when it is open. Only the newest report made here counts."""
-    own = [report for report in parity if not report.imported]
-    if own:
-        return None if own[-1].passed else f"{ref} failed its last parity gate ({own[-1].created_at:%F %T})"
-    if parity:
-        return f"{ref} has only an imported parity report, made on another machine"
-    return f"{ref} has no passed parity report"
-
-
-def _is(version: ModelVersion) -> sa.ColumnElement[bool]:
-    return sa.and_(versions.c.name == version.name, versions.c.version == version.version)
-
-
-def _remember(connection: sa.Connection, name: str, actor: str, event: str, **values: Any) -> None:
-    row = {"name": name, "at": utcnow(), "actor": actor, "event": event, "forced": False, **values}
-    connection.execute(history.insert().values(row))
 
 
 def _check_imported_files(directory: Path, origin: Mapping[str, Any]) -> None:
@@ -697,4 +529,4 @@ def _check_imported_files(directory: Path, origin: Mapping[str, Any]) -> None:
             )
 
 
-__all__ = ["HistoryEntry", "ModelVersion", "Registry", "Report", "schema"]
+__all__ = ["HistoryEntry", "ModelVersion", "Registry", "Report"]
