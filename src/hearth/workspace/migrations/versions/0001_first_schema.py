@@ -16,6 +16,7 @@ def upgrade() -> None:
     """Create every table."""
     _runs()
     _models()
+    _model_changes()
     _rest()
 
 
@@ -93,6 +94,9 @@ def _models() -> None:
         sqlite_where=sa.text("status = 'active'"),
         postgresql_where=sa.text("status = 'active'"),
     )
+
+
+def _model_changes() -> None:
     version_key = (["name", "version"], ["model_versions.name", "model_versions.version"])
     op.create_table(
         "model_aliases",
