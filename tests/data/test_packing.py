@@ -68,6 +68,17 @@ def test_conversations_too_long_are_dropped_or_cut_and_counted(
     assert cut.num_cut_tokens == sum(lengths[i] - 1 - sequence_length for i in too_long)
 
 
+def test_texts_among_conversations_are_cut_and_not_dropped() -> None:
+    plan = PackPlan.build([25, 25, 5], 10, too_long="drop", always_cut=[True, False, False])
+    assert sorted(zip(plan.documents.tolist(), plan.starts.tolist(), strict=True)) == [
+        (0, 0),
+        (0, 10),
+        (0, 20),
+        (2, 0),
+    ]
+    assert plan.num_dropped == 1
+
+
 def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
     """Free space of each row after placing the pieces one by one."""
     free: list[int] = []

@@ -75,6 +75,23 @@ def test_long_conversations_are_dropped_and_counted_or_cut(chat: Dataset) -> Non
     assert len(set(cut.plan.documents.tolist())) == len(split)
 
 
+def test_texts_beside_conversations_are_kept_whole(
+    prepare: Prepare, write_jsonl: Callable[..., Path], tokenizer_dir: Path, corpus: Path
+) -> None:
+    chat = write_jsonl([{"q": f"fox {n}", "a": "dog " * (n % 60 + 1)} for n in range(60)])
+    sources = [{"path": str(chat), "prompt_field": "q", "response_field": "a"}, {"path": str(corpus)}]
+    split = prepare("unused", sources=sources, tokenizer_dir=tokenizer_dir).split("train")
+    rows = PackedRows(split, 40)
+    assert 0 < split.conversations.sum() < len(split)
+    long_texts = np.flatnonzero(~split.conversations & (split.lengths > 41))
+    assert len(long_texts)
+    assert set(long_texts.tolist()) <= set(rows.plan.documents.tolist())
+    assert rows.plan.num_dropped == int((split.conversations & (split.lengths > 41)).sum()) > 0
+    mask = split.loss_mask(int(long_texts[0]))
+    assert mask is not None
+    assert mask.all()
+
+
 def test_batches_stack_rows(chat: Dataset) -> None:
     rows = PackedRows(chat.split("train"), 64)
     batch = rows.batch([2, 0])

@@ -75,6 +75,13 @@ class TokenSplit:
         """UTF-8 bytes of the text of each document; [D]."""
         return self._map("bytes.bin", "int64")
 
+    @property
+    def conversations(self) -> npt.NDArray[np.bool_]:
+        """Which documents are conversations; the others are plain text. [D]"""
+        formats = [source.is_chat for source in self.dataset.manifest.sources]
+        chosen: npt.NDArray[np.bool_] = np.array(formats, dtype=np.bool_)[self._map("sources.bin", "int32")]
+        return chosen
+
     def tokens(self, index: int) -> npt.NDArray[np.int32]:
         """Token ids of a document; text documents end with the eos token."""
         return self.token_range(index, 0, self._length(index))
@@ -161,7 +168,8 @@ class TokenSplit:
         return self._tokenizer.decode(ids)
 
     def _is_conversation(self, index: int) -> bool:
-        return self.is_chat and "messages" in self._info(index)
+        source = int(self._map("sources.bin", "int32")[index])
+        return self.dataset.manifest.sources[source].is_chat
 
     def messages(self, index: int) -> list[dict[str, Any]]:
         """The messages of a conversation. Raises NotFoundError for a plain text."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hearth.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -46,6 +46,11 @@ class SourceRecord(_Record):
     bad: dict[str, int] = Field(default_factory=dict, description="Files or rows that are not text.")
     bad_examples: list[str] = Field(default_factory=list)
     kept: dict[str, Count] = Field(default_factory=dict)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its documents are conversations."""
+        return self.format in ("chat", "stdlib-chat")
 
 
 class Shard(_Record):

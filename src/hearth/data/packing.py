@@ -73,15 +73,16 @@ class PackPlan:
         packing: bool = True,
         seed: int = 0,
         too_long: TooLong = "cut",
+        always_cut: npt.ArrayLike | None = None,
         window: int = WINDOW,
     ) -> PackPlan:
         """Plan the rows for documents of ``lengths`` tokens.
 
         ``too_long`` says what happens to a document that does not fit in one row: ``cut`` it into
-        consecutive pieces (nothing is lost), ``drop`` it, or ``truncate`` it to the first row. Documents of
-        fewer than two tokens have no pair and are counted in ``num_too_short``. Pieces are shuffled by
-        ``seed`` and packed in windows of ``window`` pieces. Raises
-        ConfigError when ``sequence_length`` is not positive.
+        consecutive pieces (nothing is lost), ``drop`` it, or ``truncate`` it to the first row. Documents
+        marked in ``always_cut`` [documents] are cut whatever it says. Documents of fewer than two tokens
+        have no pair and are counted in ``num_too_short``. Pieces are shuffled by ``seed`` and packed in
+        windows of ``window`` pieces. Raises ConfigError when ``sequence_length`` is not positive.
         """
         if sequence_length < 1:
             raise ConfigError(
@@ -89,8 +90,16 @@ class PackPlan:
                 fix="give the number of tokens of one training row, such as 512",
             )
         pairs = np.asarray(lengths, dtype=np.int64) - 1
-        documents, starts, sizes = _pieces(pairs, sequence_length, too_long)
         too_many = pairs > sequence_length
+        if always_cut is not None:
+            too_many &= ~np.asarray(always_cut, dtype=np.bool_)
+        if too_long == "drop":
+            fitting = np.where(too_many, 0, pairs)
+        elif too_long == "truncate":
+            fitting = np.where(too_many, sequence_length, pairs)
+        else:
+            fitting = pairs
+        documents, starts, sizes = _pieces(np.maximum(fitting, 0), sequence_length)
         if packing:
             order, row_starts = _pack(sizes, sequence_length, seed, window)
         else:
@@ -108,15 +117,8 @@ class PackPlan:
         )
 
 
-def _pieces(
-    pairs: Int64Array, sequence_length: int, too_long: TooLong
-) -> tuple[Int64Array, Int64Array, Int64Array]:
+def _pieces(pairs: Int64Array, sequence_length: int) -> tuple[Int64Array, Int64Array, Int64Array]:
     """Document, first token and number of pairs of each piece, in document order."""
-    if too_long == "drop":
-        pairs = np.where(pairs > sequence_length, 0, pairs)
-    elif too_long == "truncate":
-        pairs = np.minimum(pairs, sequence_length)
-    pairs = np.maximum(pairs, 0)
     num_pieces = -(-pairs // sequence_length)
     documents = np.repeat(np.arange(len(pairs), dtype=np.int64), num_pieces)
     first_piece = np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)

@@ -289,7 +289,7 @@ def _tokenize(
     staging: Path,
     clock: _StageClock,
 ) -> None:
-    dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.bytes_per_token_id == 2 else "uint32"
+    dtype = _dtype(tokenizer)
     files: dict[str, FileRecord] = {}
     writers = [
         SplitWriter(staging / name, dtype=dtype, with_mask=job.kind == "chat", files=files) for name in SPLITS
@@ -312,13 +312,28 @@ def _tokenize(
         clock.advance(done)
     splits = dict(zip(SPLITS, (writer.close() for writer in writers), strict=True))
     clock.finish()
+    audit = _audit(splits, num_turns, seen.num_prefix_mismatches) if job.kind == "chat" else None
+    _write_manifest(job, corpus, tokenizer, trained_on, staging, files, splits, seen, audit)
+
+
+def _write_manifest(
+    job: Job,
+    corpus: Corpus,
+    tokenizer: DataTokenizer,
+    trained_on: int,
+    staging: Path,
+    files: dict[str, FileRecord],
+    splits: dict[str, SplitRecord],
+    seen: TokenResult,
+    audit: dict[str, int] | None,
+) -> None:
     for path in sorted((staging / TOKENIZER_DIRECTORY).iterdir()):
         name = f"{TOKENIZER_DIRECTORY}/{path.name}"
         files[name] = FileRecord(bytes=path.stat().st_size, sha256=sha256_file(path))
     manifest = Manifest(
         fingerprint=job.fingerprint,
         kind=job.kind,
-        dtype=dtype,
+        dtype=_dtype(tokenizer),
         inputs=job.inputs,
         versions={
             "hearth": __version__,
@@ -338,12 +353,16 @@ def _tokenize(
         ),
         split_fallback=corpus.split_fallback,
         splits=splits,
-        audit=_audit(splits, num_turns, seen.num_prefix_mismatches) if job.kind == "chat" else None,
+        audit=audit,
         files=files,
     )
     file = HashedFile(staging / MANIFEST)
     file.write(manifest.model_dump_json(indent=2).encode() + b"\n")
     file.close()
+
+
+def _dtype(tokenizer: DataTokenizer) -> Literal["uint16", "uint32"]:
+    return "uint16" if tokenizer.bytes_per_token_id == 2 else "uint32"
 
 
 def _audit(splits: dict[str, SplitRecord], num_turns: int, num_mismatches: int) -> dict[str, int]:

@@ -35,8 +35,7 @@ class PackedRows:
     """The rows of a split, by number; see ``hearth.data.order`` for the order to read them in.
 
     Text longer than a row is cut into consecutive pieces. Conversations longer than a row are dropped and
-    counted in ``plan.num_dropped``, or with ``truncate`` cut off at the end of the row; in a dataset that
-    holds both, texts are treated like conversations.
+    counted in ``plan.num_dropped``, or with ``truncate`` cut off at the end of the row.
     """
 
     def __init__(
@@ -59,6 +58,7 @@ class PackedRows:
             packing=packing,
             seed=seed,
             too_long=too_long,
+            always_cut=~split.conversations if split.is_chat else None,
         )
         tokenizer = split.dataset.manifest.tokenizer
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

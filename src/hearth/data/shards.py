@@ -5,6 +5,7 @@ Files of a split, all little-endian and flat:
     mask-00000.bin     chat: one bit a token, lowest bit first; 1 = counts in the loss
     offsets.bin        int64 [documents + 1], where each document starts, counted over all shards
     bytes.bin          int64 [documents], UTF-8 bytes of the text
+    sources.bin        int32 [documents], position of the source in the manifest
     documents.jsonl    one object a document: source, id, bytes, start, stop; messages of a conversation
     lines.bin          int64 [documents + 1], where each line of documents.jsonl starts
     ids.bin            uint64 [documents, 2], (hash of the id, document), sorted, to find a document by id
@@ -49,9 +50,10 @@ def storage_errors(path: Path) -> Iterator[None]:
             raise StorageError(
                 f"cannot write {path}: {error.strerror}", fix="choose a folder that you may write to"
             ) from error
-        if error.errno == errno.EIO:
-            raise StorageError(f"the disk failed while writing {path}: {error.strerror}") from error
-        raise
+        raise StorageError(
+            f"the file system failed while making {path}: {error}",
+            fix="choose another folder, or check the disk",
+        ) from error
 
 
 class HashedFile:
@@ -123,7 +125,7 @@ class SplitWriter:
         self._mask: _BitFile | None = None
         self._records = HashedFile(directory / "documents.jsonl")
         self._offsets, self._num_bytes, self._lines = array("q", [0]), array("q"), array("q", [0])
-        self._ids = array("Q")
+        self._ids, self._sources = array("Q"), array("i")
         self._num_supervised = 0
 
     def add(self, result: TokenResult) -> None:
@@ -145,6 +147,7 @@ class SplitWriter:
             self._records.write(record_line(record, num_bytes, start, start + len(tokens)))
             self._lines.append(self._records.num_bytes)
             self._ids.append(id_hash(record["id"]))
+            self._sources.append(record["source"])
 
     def _open_shard(self) -> Shard:
         if self._tokens is not None and self._shards[-1].tokens >= self._shard_tokens:
@@ -181,6 +184,7 @@ class SplitWriter:
         self._write_array("offsets.bin", np.frombuffer(self._offsets, dtype=np.int64))
         sizes = np.frombuffer(self._num_bytes, dtype=np.int64)
         self._write_array("bytes.bin", sizes)
+        self._write_array("sources.bin", np.frombuffer(self._sources, dtype=np.int32))
         self._write_array("lines.bin", np.frombuffer(self._lines, dtype=np.int64))
         hashes = np.frombuffer(self._ids, dtype=np.uint64)
         order = np.argsort(hashes, kind="stable")
