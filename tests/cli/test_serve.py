@@ -6,6 +6,8 @@ import json
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -198,12 +200,14 @@ def test_the_json_line(shared_data: Path, tmp_path: Path, workspace_dir: Path) -
         body = json.loads(_post(server.base_url + "/generate", request))
         assert body["text"].startswith(", there was a little girl named Lily")
         assert body["model"] == "stories@unregistered"
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            _post(server.base_url + "/chat", {"message": "hello"})
+        assert "no chat template" in caught.value.read().decode()
+        caught.value.close()
         assert server.stop() == 0
 
 
 def _post(url: str, body: dict[str, object]) -> str:
-    import urllib.request
-
     request = urllib.request.Request(
         url, data=json.dumps(body).encode(), headers={"content-type": "application/json"}
     )

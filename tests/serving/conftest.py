@@ -60,8 +60,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(tiny_chat: Path, tiny_base: Path) -> Iterator[ServerProcess]:
-    """Two models behind one gateway. Tests must leave it as they found it."""
+def server(tiny_chat: Path) -> Iterator[ServerProcess]:
+    """A model behind its gateway. Tests must leave it as they found it."""
     options = ("--num-threads", "1", "--max-num-seqs", "32", "--log-level", "warning")
-    with ServerProcess.start([tiny_chat, tiny_base], options=options, timeout=120) as running:
+    with ServerProcess.start([tiny_chat], options=options, timeout=120) as running:
         yield running
