@@ -2,92 +2,93 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from hearth.engine import Engine, SamplingParams
 
-COMMON = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
+GREEDY = SamplingParams(max_tokens=48, temperature=0)
+# How the same tokens may be computed: each is another path through scheduler, cache and kernels.
+PATHS: dict[str, dict[str, Any]] = {
+    "one budget for all": {},
+    "chunks of 7": {"max_num_batched_tokens": 7},
+    "chunks of 20": {"max_num_batched_tokens": 20},
+    "one token at a time": {"max_num_batched_tokens": 1},
+    "one sequence at a time": {"max_num_seqs": 1},
+    "small blocks": {"block_size": 4},
+    "torch attention": {"attention": "torch"},
+    "torch attention, chunks of 7": {"attention": "torch", "max_num_batched_tokens": 7},
+    "plain linears": {"prepack": False},
+    "no prefix cache": {"prefix_cache": False},
 }
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 24},
-    "mistral": {"sliding_window": 8},
-    "mixtral": {"num_local_experts": 4, "sliding_window": 12},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
-    "gemma2": {"head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
-    "gemma3_text": {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    "phi3": {},
-    "olmo2": {},
-    "starcoder2": {"sliding_window": 8},
-    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    "opt": {"word_embed_proj_dim": 64, "ffn_dim": 96},
-    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256},
-    "gpt_neox": {},
-    "stablelm": {},
-}  # fmt: skip
-PROMPT_LENGTHS = (1, 5, 23, 40, 2)
 
 
-def make_model(family: str) -> PreTrainedModel:
-    fields = {**COMMON, **FAMILIES[family]}
-    if family == "gpt2":
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"):  # fmt: skip
-            del fields[name]
-    config = CONFIG_MAPPING[family](**fields)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():  # a tiny model at its usual initialisation repeats itself: make it livelier
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(3.0)
-    return model
-
-
-def make_prompts(lengths: tuple[int, ...] = PROMPT_LENGTHS) -> list[list[int]]:
-    rng = random.Random(7)
-    return [[rng.randrange(3, 320) for _ in range(length)] for length in lengths]
-
-
-@torch.inference_mode()
-def reference(model: PreTrainedModel, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """transformers' greedy tokens, one prompt at a time."""
-    result = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            eos_token_id=2,
-        )
-        result.append(output[0, len(prompt) :].tolist())
-    return result
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_transformers(family: str) -> None:
-    model = make_model(family)
-    prompts = make_prompts()
-    expected = reference(model, prompts, 48)
+def test_greedy_equals_transformers(
+    family: str, family_model: Any, prompts: list[list[int]], transformers_tokens: Any
+) -> None:
+    model = family_model(family)
+    expected = transformers_tokens(model, prompts, 48)
     assert len({tuple(tokens) for tokens in expected}) > 2, "the model says the same to everything"
     with Engine.from_model(model, max_num_batched_tokens=64) as engine:
-        completions = engine.generate(prompts, SamplingParams(max_tokens=48, temperature=0))
+        completions = engine.generate(prompts, GREEDY)
         engine.scheduler.check()
     assert [c.token_ids for c in completions] == expected
+    assert all(c.finish_reason == ("stop" if c.token_ids[-1] == 2 else "length") for c in completions)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("family", ["gemma2", "mistral", "gpt_oss"])
+def test_same_tokens_by_every_path(
+    family: str, path: str, family_model: Any, prompts: list[list[int]], transformers_tokens: Any
+) -> None:
+    model = family_model(family)
+    expected = transformers_tokens(model, prompts, 24)
+    with Engine.from_model(model, max_model_len=128, **PATHS[path]) as engine:
+        completions = engine.generate(prompts, SamplingParams(max_tokens=24, temperature=0))
+        engine.scheduler.check()
+        assert engine.pool.num_used == 0
+    assert [c.token_ids for c in completions] == expected
+
+
+def test_same_tokens_after_preemption(
+    family_model: Any, prompts: list[list[int]], transformers_tokens: Any
+) -> None:
+    model = family_model("qwen3")
+    expected = transformers_tokens(model, prompts, 48)
+    bytes_per_token = 3 * 2 * 2 * 24 * 4  # layers x (keys and values) x heads x dim x float32
+    with Engine.from_model(
+        model, block_size=4, max_model_len=100, kv_cache_memory=bytes_per_token * 104
+    ) as engine:
+        for i, prompt in enumerate(prompts):
+            engine.add_request(str(i), prompt, GREEDY)
+        tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+        while engine.has_work:
+            for output in engine.step():
+                tokens[output.request_id] += output.token_ids
+            engine.scheduler.check()
+        assert engine.stats().num_preemptions > 0
+    assert list(tokens.values()) == expected
+
+
+def test_prefix_hit_gives_the_same_tokens(family_model: Any, transformers_tokens: Any) -> None:
+    model = family_model("mistral")
+    shared = list(range(10, 50))
+    prompts = [[*shared, 7], [*shared, 8, 9], shared]
+    expected = transformers_tokens(model, prompts, 16)
+    with Engine.from_model(model, block_size=8) as engine:
+        params = SamplingParams(max_tokens=16, temperature=0)
+        cold = engine.generate(prompts, params)
+        warm = engine.generate(prompts, params)
+    assert [c.token_ids for c in cold] == [c.token_ids for c in warm] == expected
+    assert [c.num_cached_tokens for c in cold] == [0, 40, 32]  # found while the first was being computed
+    assert [c.num_cached_tokens for c in warm] == [40, 40, 32]
+
+
+def test_bfloat16_stays_close_to_float32(family_model: Any, prompts: list[list[int]]) -> None:
+    """The bfloat16 kernels: logits within rounding of transformers' own bfloat16 forward (`self_test` asserts)."""
+    model = family_model("qwen3").to(torch.bfloat16)
+    with Engine.from_model(model) as engine:
+        assert engine.model_info["dtype"] == "bfloat16"
+        assert all(len(c.token_ids) == 8 for c in engine.generate(prompts, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)))  # fmt: skip

@@ -67,8 +67,15 @@ class AsyncEngine:
         ours, theirs = socket.socketpair()
         settings = json.dumps(asdict(config))
         with theirs:
-            process = subprocess.Popen(  # noqa: ASYNC220 - returns as soon as the child runs
-                [sys.executable, "-m", "hearth.engine.process", str(theirs.fileno()), str(reference), settings],
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "hearth.engine.process",
+                    str(theirs.fileno()),
+                    str(reference),
+                    settings,
+                ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 # Its own process group: Ctrl-C in the terminal is for the application, which then closes it.

@@ -421,7 +421,7 @@ def _make_runner(
     numba = config.attention != "torch" and model.device.type == "cpu"
     if numba:
         try:
-            from hearth.engine.attention import numba_kernels, numba_path
+            from hearth.engine.attention import numba_path
         except ImportError:
             if config.attention == "numba":
                 raise ConfigError(
@@ -430,7 +430,6 @@ def _make_runner(
             numba = False
         else:
             numba = numba_path.supports(model.dtype)
-            numba_kernels.set_num_threads(torch.get_num_threads())
     if config.attention == "numba" and not numba:
         raise ConfigError(
             f"attention is 'numba', which does not run {model.dtype} on {model.device}",

@@ -55,7 +55,13 @@ class CommandReader(threading.Thread):
 class EngineLoop:
     """Feeds an engine with commands and its outputs back; `run` returns after a shutdown."""
 
-    def __init__(self, connection: socket.socket, commands: queue.SimpleQueue[wire.Command], reference: str, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        commands: queue.SimpleQueue[wire.Command],
+        reference: str,
+        config: EngineConfig,
+    ) -> None:
         from hearth.engine.llm import Engine
 
         self.connection = connection
@@ -125,7 +131,7 @@ def main(arguments: list[str]) -> int:
     reader.start()
     try:
         loop = EngineLoop(connection, reader.commands, reference, EngineConfig.of(**json.loads(settings)))
-    except Exception as error:  # noqa: BLE001 - the application raises it
+    except Exception as error:
         logger.debug("the engine could not load", exc_info=True)
         connection.sendall(wire.encode(wire.LoadFailed(wire.WireError.of(error))))
         return 1

@@ -19,7 +19,27 @@ SLOT = "_hearth_kv"  # the attribute of an attention module that holds its Layer
 
 # What models pass to the attention interface and what paged attention knows to handle or may ignore.
 KNOWN_ARGUMENTS = frozenset(
-    ["dropout", "scaling", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict", "output_router_logits", "logits_to_keep", "position_embeddings", "layer_idx", "num_items_in_batch", "past_key_values", "token_type_ids"]
+    [
+        "dropout",
+        "scaling",
+        "sliding_window",
+        "softcap",
+        "s_aux",
+        "is_causal",
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "output_router_logits",
+        "logits_to_keep",
+        "position_embeddings",
+        "layer_idx",
+        "num_items_in_batch",
+        "past_key_values",
+        "token_type_ids",
+    ]
 )
 
 

@@ -77,21 +77,15 @@ def _widen_bf16(x: Any) -> Any:
 
 @functools.cache
 def make_kernel(
-    dim: int,
-    value_dim: int,
-    group: int,
-    block: int,
-    tile: int,
-    *,
-    bf16: bool,
-    softcap: bool,
-    sinks: bool,
-    parallel: bool,
+    dim: int, value_dim: int, group: int, block: int, *, bf16: bool, softcap: bool, sinks: bool
 ) -> Callable[..., None]:
-    """Compile the kernel for these constants; ``tile`` query tokens of a sequence share one pass over its KV."""
-    rows = tile * group
+    """Compile the kernel for these constants.
+
+    It releases the interpreter, so that threads can share its work. One unit of work is one KV head for one
+    query token, and unit ``i * K + h`` is head ``h`` for token ``i``.
+    """
+    D, E, G, S = dim, value_dim, group, block
     widen = _widen_bf16 if bf16 else _widen_f32
-    D, E, G, S, R, PARALLEL = dim, value_dim, group, block, rows, parallel
 
     def kernel(
         query: Any,  # [T, H, D]
@@ -99,125 +93,98 @@ def make_kernel(
         value_pool: Any,  # [blocks, K, S, E]
         out: Any,  # float32 [T, H, E]
         tables: Any,  # int32 [N, B]
-        items: Any,  # int32 [num_items, 3]: sequence, first query token, number of query tokens <= tile
-        lengths: Any,  # int32 [num_items]: context length up to and including the item's first query token
+        items: Any,  # int32 [num_items, 3]: sequence, query token, positions it may see, itself included
+        begin: Any,  # the units of work to do: begin … end - 1
+        end: Any,
         scale: Any,
         cap: Any,
         window: Any,  # tokens that a query sees, itself included; 0 = all
         sink: Any,  # float32 [H] or [0]
     ) -> None:
-        _ = PARALLEL  # numba's disk cache tells kernels apart by what they close over, not by their options
         num_kv_heads = key_pool.shape[1]
-        for work in numba.prange(items.shape[0] * num_kv_heads):
-            item = work // num_kv_heads
-            h = work - item * num_kv_heads
+        q = np.empty((G, D), np.float32)
+        acc = np.empty((G, E), np.float32)
+        scores = np.empty((G, S), np.float32)
+        top = np.empty(G, np.float32)
+        total = np.empty(G, np.float32)
+        wide = np.empty(max(D, E), np.float32)
+        for unit in range(begin, end):
+            item = unit // num_kv_heads
+            h = unit - item * num_kv_heads
             sequence = items[item, 0]
-            first = items[item, 1]
-            num_rows = items[item, 2] * G
-            q = np.empty((R, D), np.float32)
-            acc = np.zeros((R, E), np.float32)
-            scores = np.empty((R, S), np.float32)
-            top = np.full(R, _NEGATIVE, np.float32)
-            total = np.zeros(R, np.float32)
-            wide = np.empty(max(D, E), np.float32)
-            for r in range(num_rows):
-                t = first + r // G
-                head = h * G + r % G
-                for d in range(D):
-                    q[r, d] = widen(query[t, head, d]) * scale
-            length = lengths[item]
-            last = length + items[item, 2] - 1  # context length of the item's last query token
-            begin = 0
+            t = items[item, 1]
+            length = items[item, 2]
+            first = 0
             if window > 0:
-                begin = max(0, length - window)
-            for b in range(begin // S, (last + S - 1) // S):
+                first = max(0, length - window)
+            for g in range(G):
+                for d in range(D):
+                    q[g, d] = widen(query[t, h * G + g, d]) * scale
+                for e in range(E):
+                    acc[g, e] = 0.0
+                top[g] = _NEGATIVE
+                total[g] = 0.0
+            for b in range(first // S, (length + S - 1) // S):
                 page = tables[sequence, b]
-                base = b * S
-                count = min(S, last - base)
-                for j in range(count):
+                low = max(0, first - b * S)
+                high = min(S, length - b * S)
+                for j in range(low, high):
                     for d in range(D):
                         wide[d] = widen(key_pool[page, h, j, d])
-                    for r in range(num_rows):
+                    for g in range(G):
                         s = np.float32(0.0)
                         for d in range(D):
-                            s += q[r, d] * wide[d]
-                        scores[r, j] = s
-                for r in range(num_rows):
-                    visible = length + r // G  # this row sees positions < visible
-                    low = 0
-                    if window > 0:
-                        low = visible - window
-                    best = top[r]
-                    for j in range(count):
-                        s = scores[r, j]
+                            s += q[g, d] * wide[d]
+                        scores[g, j] = s
+                for g in range(G):
+                    best = top[g]
+                    for j in range(low, high):
                         if softcap:
-                            s = cap * np.float32(np.tanh(s / cap))
-                        position = base + j
-                        if position >= visible or position < low:
-                            s = _NEGATIVE
-                        scores[r, j] = s
-                        best = max(best, s)
-                    shrink = _exp(top[r] - best)
-                    top[r] = best
+                            scores[g, j] = cap * np.float32(np.tanh(scores[g, j] / cap))
+                        best = max(best, scores[g, j])
+                    shrink = _exp(top[g] - best)
+                    top[g] = best
                     part = np.float32(0.0)
-                    for j in range(count):
-                        p = np.float32(0.0)
-                        if scores[r, j] > _NEGATIVE:
-                            p = _exp(scores[r, j] - best)
-                        scores[r, j] = p
+                    for j in range(low, high):
+                        p = _exp(scores[g, j] - best)
+                        scores[g, j] = p
                         part += p
-                    total[r] = total[r] * shrink + part
+                    total[g] = total[g] * shrink + part
                     for e in range(E):
-                        acc[r, e] *= shrink
-                for j in range(count):
+                        acc[g, e] *= shrink
+                for j in range(low, high):
                     for e in range(E):
                         wide[e] = widen(value_pool[page, h, j, e])
-                    for r in range(num_rows):
-                        p = scores[r, j]
+                    for g in range(G):
+                        p = scores[g, j]
                         for e in range(E):
-                            acc[r, e] += p * wide[e]
-            for r in range(num_rows):
-                head = h * G + r % G
-                denominator = total[r]
+                            acc[g, e] += p * wide[e]
+            for g in range(G):
+                head = h * G + g
+                inverse = np.float32(1.0) / total[g]
                 if sinks:
                     # A sink is one more logit that takes probability and gives nothing.
-                    s = sink[head]
-                    best = max(top[r], s)
-                    denominator = total[r] * _exp(top[r] - best) + _exp(s - best)
-                    for e in range(E):
-                        acc[r, e] *= _exp(top[r] - best)
-                inverse = np.float32(1.0) / denominator
+                    best = max(top[g], sink[head])
+                    shrink = _exp(top[g] - best)
+                    inverse = shrink / (total[g] * shrink + _exp(sink[head] - best))
                 for e in range(E):
-                    out[first + r // G, head, e] = acc[r, e] * inverse
+                    out[t, head, e] = acc[g, e] * inverse
 
     compiled: Callable[..., None] = numba.njit(
-        kernel, fastmath=_FASTMATH, parallel=parallel, nogil=True, cache=True, error_model="numpy"
+        kernel, fastmath=_FASTMATH, nogil=True, cache=True, error_model="numpy"
     )
     return compiled
 
 
-@functools.cache
-def make_writer(*, parallel: bool) -> Callable[..., None]:
-    """A kernel that puts the step's keys and values into their slots of the pool."""
-
-    PARALLEL = parallel
-
-    def write(key: Any, value: Any, key_pool: Any, value_pool: Any, slots: Any) -> None:
-        _ = PARALLEL
-        block = key_pool.shape[2]
-        for t in numba.prange(key.shape[0]):
-            page = slots[t] // block
-            j = slots[t] - page * block
-            for h in range(key.shape[1]):
-                for d in range(key.shape[2]):
-                    key_pool[page, h, j, d] = key[t, h, d]
-                for d in range(value.shape[2]):
-                    value_pool[page, h, j, d] = value[t, h, d]
-
-    compiled: Callable[..., None] = numba.njit(write, parallel=parallel, nogil=True, cache=True)
-    return compiled
-
-
-def set_num_threads(num_threads: int) -> None:
-    """Let the kernels use this many threads, as torch does."""
-    numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
+@numba.njit(nogil=True, cache=True)
+def write_slots(key: Any, value: Any, key_pool: Any, value_pool: Any, slots: Any) -> None:
+    """Put the step's keys [T, K, D] and values [T, K, E] into their slots of the pool."""
+    block = key_pool.shape[2]
+    for t in range(key.shape[0]):
+        page = slots[t] // block
+        j = slots[t] - page * block
+        for h in range(key.shape[1]):
+            for d in range(key.shape[2]):
+                key_pool[page, h, j, d] = key[t, h, d]
+            for d in range(value.shape[2]):
+                value_pool[page, h, j, d] = value[t, h, d]

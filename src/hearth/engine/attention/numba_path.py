@@ -5,7 +5,10 @@ Legend: T query tokens of the step, H query heads, K KV heads, D/E key and value
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,9 +20,10 @@ if TYPE_CHECKING:
     from hearth.engine.attention.layer import LayerSpec
 
 # Query tokens of a sequence from which gathering for torch's matrix-unit kernels is quicker than the numba
-# kernel; measured with `benchmarks/engine.py`.
+# kernel, which reads the context anew for every query token.
 LONG_CHUNK = 16
-TILE = 4  # query tokens of one sequence that share a pass over its keys and values
+# Positions x KV heads below which waking another thread costs more than it saves (about 0.2 ms of work).
+_WORTH_A_THREAD = 4096
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -40,23 +44,17 @@ class NumbaLayer:
         self.spec = spec
         self.keys, self.values = keys, values
         self.keys_np, self.values_np = view(keys), view(values)
-        self.group = spec.num_heads // spec.num_kv_heads
-        self.bf16 = keys.dtype is torch.bfloat16
         self.scale = np.float32(spec.scale)
         self.cap = np.float32(spec.softcap)
-        self.no_sinks = np.zeros(0, np.float32)
-
-    def kernel(self, tile: int, *, parallel: bool) -> Any:
-        return numba_kernels.make_kernel(
-            self.spec.key_dim,
-            self.spec.value_dim,
-            self.group,
-            self.keys.shape[2],
-            tile,
-            bf16=self.bf16,
-            softcap=bool(self.spec.softcap),
-            sinks=self.spec.sinks,
-            parallel=parallel,
+        self.sinks: np.ndarray = np.zeros(0, np.float32)
+        self.kernel = numba_kernels.make_kernel(
+            spec.key_dim,
+            spec.value_dim,
+            spec.num_heads // spec.num_kv_heads,
+            keys.shape[2],
+            bf16=keys.dtype is torch.bfloat16,
+            softcap=bool(spec.softcap),
+            sinks=spec.sinks,
         )
 
     def __call__(
@@ -67,27 +65,15 @@ class NumbaLayer:
         value_TKE: torch.Tensor,
         sinks_H: torch.Tensor | None,
     ) -> torch.Tensor:
-        numba_kernels.make_writer(parallel=False)(
-            view(key_TKD), view(value_TKE), self.keys_np, self.values_np, step.slots_np
-        )
-        num_tokens = query_THD.shape[0]
-        out_THE = torch.empty(num_tokens, self.spec.num_heads, self.spec.value_dim, dtype=torch.float32)
-        work: _Work = step.cached("numba", lambda: _Work(step))  # type: ignore[assignment]
-        sinks = self.no_sinks if sinks_H is None else sinks_H.detach().float().contiguous().numpy()
-        for tile, items, lengths, parallel in work.launches:
-            self.kernel(tile, parallel=parallel)(
-                view(query_THD),
-                self.keys_np,
-                self.values_np,
-                out_THE.numpy(),
-                step.tables_np,
-                items,
-                lengths,
-                self.scale,
-                self.cap,
-                self.spec.window,
-                sinks,
-            )
+        """Store the step's keys and values, then attend; returns [T, H, E]."""
+        numba_kernels.write_slots(view(key_TKD), view(value_TKE), self.keys_np, self.values_np, step.slots_np)
+        out_THE = torch.empty(query_THD.shape[0], self.spec.num_heads, self.spec.value_dim)
+        num_kv_heads = self.spec.num_kv_heads
+        work: _Work = step.cached(("work", num_kv_heads), lambda: _Work(step, num_kv_heads))  # type: ignore[assignment]
+        if sinks_H is not None and not len(self.sinks):
+            self.sinks = sinks_H.detach().float().contiguous().numpy()
+        if work.parts:
+            self._decode(work, step, view(query_THD), out_THE.numpy())
         for sequence in work.long:
             span = slice(step.firsts[sequence], step.firsts[sequence] + step.counts[sequence])
             out_THE[span] = torch_path.prefill(
@@ -95,29 +81,46 @@ class NumbaLayer:
             )
         return out_THE.to(query_THD.dtype)
 
+    def _decode(self, work: _Work, step: StepContext, query: np.ndarray, out: np.ndarray) -> None:
+        def run(part: tuple[int, int]) -> None:
+            self.kernel(
+                query, self.keys_np, self.values_np, out, step.tables_np, work.items, part[0], part[1],
+                self.scale, self.cap, self.spec.window, self.sinks,
+            )  # fmt: skip
+
+        others = [_threads().submit(run, part) for part in work.parts[1:]]
+        run(work.parts[0])
+        for other in others:
+            other.result()
+
 
 class _Work:
-    """How a step's query tokens are divided among kernels; the same for every layer."""
+    """How a step's query tokens are divided: long chunks to torch, the rest in equal parts to threads."""
 
-    # Context tokens x sequences below which waking another thread costs more than it saves.
-    PARALLEL_FROM = 512
-
-    def __init__(self, step: StepContext) -> None:
+    def __init__(self, step: StepContext, num_kv_heads: int) -> None:
         self.long = [i for i, count in enumerate(step.counts) if count >= LONG_CHUNK]
-        decode: list[tuple[int, int, int, int]] = []
-        chunks: list[tuple[int, int, int, int]] = []
-        for i, count in enumerate(step.counts):
-            if count >= LONG_CHUNK:
-                continue
-            tile = 1 if count == 1 else TILE
-            target = decode if count == 1 else chunks
-            for offset in range(0, count, tile):
-                first = step.firsts[i] + offset
-                target.append((i, first, min(tile, count - offset), step.starts[i] + offset + 1))
-        self.launches = []
-        for tile, work in ((1, decode), (TILE, chunks)):
-            if work:
-                array = np.array(work, np.int32)
-                parallel = torch.get_num_threads() > 1 and int(array[:, 3].sum()) >= self.PARALLEL_FROM
-                items, lengths = np.ascontiguousarray(array[:, :3]), np.ascontiguousarray(array[:, 3])
-                self.launches.append((tile, items, lengths, parallel))
+        items = [
+            (i, first + offset, start + offset + 1)
+            for i, (first, start, count) in enumerate(zip(step.firsts, step.starts, step.counts, strict=True))
+            if count < LONG_CHUNK
+            for offset in range(count)
+        ]
+        self.items = np.array(items, np.int32).reshape(-1, 3)
+        self.parts = split(np.repeat(self.items[:, 2], num_kv_heads), torch.get_num_threads())
+
+
+def split(costs: np.ndarray, num_threads: int) -> list[tuple[int, int]]:
+    """Cut units of work with these costs into at most ``num_threads`` runs of about equal cost."""
+    if not len(costs):
+        return []
+    cumulative = np.cumsum(costs)
+    num_parts = int(max(1, min(num_threads, cumulative[-1] // _WORTH_A_THREAD)))
+    targets = cumulative[-1] * np.arange(1, num_parts) / num_parts
+    cuts = [0, *(np.searchsorted(cumulative, targets) + 1).tolist(), len(costs)]
+    return [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Threads beside the caller's. Plain threads: numba's own layers cannot be used by two engines at once."""
+    return ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), "hearth-attention")
