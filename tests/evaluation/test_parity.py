@@ -42,7 +42,8 @@ def served(chat_model: Path) -> tuple[list[ParityPrompt], list[Completion]]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_sound_model_passes(chat_model: Path, workspace_dir: Path, dtype: str) -> None:
-    report = run_gate(chat_model, dtype=dtype, num_prompts=8, max_tokens=MAX_TOKENS)
+    with Workspace.open() as workspace:
+        report = run_gate(chat_model, workspace=workspace, dtype=dtype, num_prompts=8, max_tokens=MAX_TOKENS)
     assert report.passed, report.render()
     assert {prompt.name for prompt in report.prompts} == {*TEXTS, *CONVERSATIONS}
     assert all(prompt.num_new_tokens > 0 for prompt in report.prompts)

@@ -36,10 +36,12 @@ def evaluate(
     report of a registered version is kept with it.
     """
     from hearth.evaluation import evaluate_model
+    from hearth.workspace import Workspace
 
-    with progress_bar("scoring", unit="tokens") as advance:
+    with Workspace.open() as workspace, progress_bar("scoring", unit="tokens") as advance:
         report = evaluate_model(
             model,
+            workspace=workspace,
             dataset=dataset,
             split=split,
             texts=texts,

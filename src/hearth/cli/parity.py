@@ -22,9 +22,17 @@ def parity(model: str, dtype: str, num_prompts: int, max_tokens: int, as_json: b
     Exits with 1 when the gate fails.
     """
     from hearth.evaluation import run_gate
+    from hearth.workspace import Workspace
 
-    with progress_bar("parity gate", unit="prompts") as advance:
-        report = run_gate(model, dtype=dtype, num_prompts=num_prompts, max_tokens=max_tokens, advance=advance)
+    with Workspace.open() as workspace, progress_bar("parity gate", unit="prompts") as advance:
+        report = run_gate(
+            model,
+            workspace=workspace,
+            dtype=dtype,
+            num_prompts=num_prompts,
+            max_tokens=max_tokens,
+            advance=advance,
+        )
     if as_json:
         print_json(report.to_dict())
     else:

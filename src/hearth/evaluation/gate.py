@@ -54,7 +54,7 @@ def find_dataset(version: ModelVersion | None, workspace: Workspace) -> Dataset 
 def run_gate(
     reference: str | Path,
     *,
-    workspace: Workspace | None = None,
+    workspace: Workspace,
     dtype: str = "auto",
     num_prompts: int = 16,
     max_tokens: int = 32,
@@ -69,16 +69,6 @@ def run_gate(
     from hearth.engine import Engine
     from hearth.models import load_model, model_info, resolve_reference
 
-    if workspace is None:
-        with Workspace.open() as opened:
-            return run_gate(
-                reference,
-                workspace=opened,
-                dtype=dtype,
-                num_prompts=num_prompts,
-                max_tokens=max_tokens,
-                advance=advance,
-            )
     directory = resolve_reference(reference, workspace)
     version = find_version(reference, workspace)
     dtype = model_info(directory).dtype if dtype == "auto" else dtype
@@ -130,7 +120,7 @@ def _held_out_texts(dataset: Dataset | None, num_documents: int) -> list[str]:
 def evaluate_model(
     reference: str | Path,
     *,
-    workspace: Workspace | None = None,
+    workspace: Workspace,
     dataset: str | Path | None = None,
     split: str = "validation",
     texts: Sequence[Path] = (),
@@ -146,18 +136,6 @@ def evaluate_model(
     from hearth.data import Dataset
     from hearth.models import load_model, model_info, resolve_reference
 
-    if workspace is None:
-        with Workspace.open() as opened:
-            return evaluate_model(
-                reference,
-                workspace=opened,
-                dataset=dataset,
-                split=split,
-                texts=texts,
-                max_documents=max_documents,
-                dtype=dtype,
-                advance=advance,
-            )
     directory = resolve_reference(reference, workspace)
     version = find_version(reference, workspace)
     if texts:
@@ -169,11 +147,9 @@ def evaluate_model(
                 f"there is nothing to evaluate {reference} on: no dataset is known for it",
                 fix="give --text FILE or --dataset DIRECTORY",
             )
-        documents, data = _read_split(opened_dataset, split, max_documents)
-        source = f"{opened_dataset.path.name}/{split}"
-    model = load_model(directory, dtype=dtype)
+        documents, data, source = _read_split(opened_dataset, split, max_documents)
     score = score_documents(
-        model,
+        load_model(directory, dtype=dtype),
         documents,
         num_bytes=len(data),
         context_length=model_info(directory).context_length,
@@ -193,13 +169,13 @@ def evaluate_model(
 Documents = list[tuple[np.ndarray, np.ndarray | None]]
 
 
-def _read_split(dataset: Dataset, name: str, max_documents: int | None) -> tuple[Documents, bytes]:
+def _read_split(dataset: Dataset, name: str, max_documents: int | None) -> tuple[Documents, bytes, str]:
     """Documents of a split, and their text as bytes (empty for chat data, whose masks leave bytes out)."""
     split = dataset.split(name)
     indices = range(min(split.num_documents, max_documents or split.num_documents))
     documents = [(split.tokens(index), split.loss_mask(index)) for index in indices]
     data = b"" if split.is_chat else "".join(split.text(index) for index in indices).encode()
-    return documents, data
+    return documents, data, f"{dataset.path.name}/{name}"
 
 
 def _encode_files(directory: Path, paths: Sequence[Path]) -> tuple[Documents, bytes, str]:
