@@ -108,7 +108,7 @@ def load_config(path: Path | str) -> PreTrainedConfig:
     except (ValueError, KeyError, TypeError, OSError) as error:
         if "auto_map" in raw:
             raise UnsupportedModelError(
-                f"{directory} needs Python code of its own (model_type {model_type!r}), which Hearth does not run",
+                f"{directory} needs Python code of its own ({model_type!r}), which Hearth does not run",
                 fix="use a model whose architecture is part of transformers",
             ) from error
         raise UnsupportedModelError(

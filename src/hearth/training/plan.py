@@ -10,6 +10,9 @@ from torch import nn
 
 from hearth.training.loss import unwrap
 
+# Buffers of libraries and of the loss, whatever the model.
+_WORKSPACE = 64 << 20
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -52,8 +55,8 @@ def estimate_memory(
     """Bytes at the peak of a step, roughly: weights, gradients, AdamW's two moments, and activations.
 
     Activations are what a Llama-shaped layer keeps for the backward pass, per token: about 14 vectors of the
-    hidden size and 4 of the feed-forward size in the compute type, and 6 of the hidden size in float32 (norms
-    and residuals).
+    hidden size and 4 of the feed-forward size in the compute type, and 13 of the hidden size in float32
+    (norms, rotary embedding, residuals). Measured against the growth of a process at 3M and 20M: 10 % off.
     """
     config = unwrap(model).config.get_text_config()
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
@@ -61,6 +64,8 @@ def estimate_memory(
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     tokens = micro_batch_size * sequence_length
-    layer = tokens * (width * (14 * hidden + 4 * inner) + 4 * 6 * hidden)
+    layer = tokens * (width * (14 * hidden + 4 * inner) + 4 * 13 * hidden)
     attention_mask = micro_batch_size * sequence_length**2
-    return int(weights + 12 * trainable + layer * config.num_hidden_layers + attention_mask)
+    copies = weights // 2 if precision == "bf16" else 0  # autocast's, for one forward and backward pass
+    activations = layer * config.num_hidden_layers + attention_mask
+    return int(weights + copies + 12 * trainable + activations + _WORKSPACE)
