@@ -113,22 +113,15 @@ class Transformers(Competitor):
     def timed_generate(self, batch: list[list[int]], num_tokens: int) -> tuple[float, float]:
         first: list[float] = []
 
-        class FirstToken:
-            """transformers' streamer interface: called with the prompt, then with each step's tokens."""
-
-            calls = 0
-
-            def put(self, _: torch.Tensor) -> None:
-                self.calls += 1
-                if self.calls == 2:
-                    first.append(time.perf_counter())
-
-            def end(self) -> None: ...
-
         ids = torch.tensor(batch)
         started = time.perf_counter()
-        # A streamer is refused for batches, so their first token is timed by a logits processor instead.
-        first_seen = lambda _ids, scores: (first or first.append(time.perf_counter()), scores)[1]
+
+        # A streamer is refused for batches; a logits processor sees the first logits of any.
+        def first_seen(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if not first:
+                first.append(time.perf_counter())
+            return scores
+
         self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -175,9 +168,8 @@ def main() -> None:
         "num_tokens": num_tokens,
         "threads": torch.get_num_threads(),
     }
-    print(
-        f"{machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}; {shape} bf16, prompts of {length}\n"
-    )
+    print(f"{machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}")
+    print(f"{shape} bf16, prompts of {length} tokens, {num_tokens} generated\n")
     print(ratio_table(rows, ours="hearth", unit="tok/s"))
     results = {label: {name: summary(values) for name, values in row.items()} for label, row in rows.items()}
     stored = write_result(

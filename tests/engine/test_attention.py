@@ -21,8 +21,12 @@ BLOCK = 8
 
 
 def plain_attention(
-    spec: LayerSpec, query_nHD: torch.Tensor, key_LKD: torch.Tensor, value_LKE: torch.Tensor, sinks_H: torch.Tensor | None
-) -> torch.Tensor:  # fmt: skip
+    spec: LayerSpec,
+    query_nHD: torch.Tensor,
+    key_LKD: torch.Tensor,
+    value_LKE: torch.Tensor,
+    sinks_H: torch.Tensor | None,
+) -> torch.Tensor:
     """Every rule spelled out, one head and one query at a time; returns [n, H, E]."""
     count, num_heads, _ = query_nHD.shape
     length = key_LKD.shape[0]

@@ -87,8 +87,9 @@ def test_prefix_hit_gives_the_same_tokens(family_model: Any, transformers_tokens
 
 
 def test_bfloat16_stays_close_to_float32(family_model: Any, prompts: list[list[int]]) -> None:
-    """The bfloat16 kernels: logits within rounding of transformers' own bfloat16 forward (`self_test` asserts)."""
+    """The bfloat16 kernels: `self_test` compares them with transformers' own bfloat16 forward."""
     model = family_model("qwen3").to(torch.bfloat16)
     with Engine.from_model(model) as engine:
         assert engine.model_info["dtype"] == "bfloat16"
-        assert all(len(c.token_ids) == 8 for c in engine.generate(prompts, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)))  # fmt: skip
+        params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+        assert all(len(c.token_ids) == 8 for c in engine.generate(prompts, params))

@@ -50,7 +50,8 @@ def test_draws_follow_the_distribution_of_transformers(case: str) -> None:
     """Chi-square against the softmax after transformers' own warpers; seeds are fixed, so no flakes."""
     fields, warpers = CASES[case]
     logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 1.5
-    expected_V = torch.softmax(LogitsProcessorList(warpers)(torch.zeros(1, 1).long(), logits_V[None].clone()), -1)[0]  # fmt: skip
+    warped_V = LogitsProcessorList(warpers)(torch.zeros(1, 1).long(), logits_V[None].clone())[0]
+    expected_V = torch.softmax(warped_V, -1)
     num = 6000
     counts = np.bincount(draw_many(logits_V, num, **fields), minlength=VOCAB)
     possible = expected_V.numpy() > 0

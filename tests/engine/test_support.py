@@ -12,18 +12,22 @@ from hearth.engine import Engine, SamplingParams
 from hearth.errors import ConfigError, UnsupportedModelError
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64}, "attention interface|position_ids"),
+    "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64}, "interface|position_ids"),
     "falcon": (
-        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64, "alibi": True},
+        {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64,
+            "alibi": True,
+        },
         "ALiBi",
     ),
-    "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}, "position_ids|interface"),
+    "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}, "linear_attention"),
     "gptj": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "vocab_size": 64}, "interface"),
     "qwen3_next": (
         {
             "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
             "head_dim": 16, "vocab_size": 64, "num_experts": 2, "num_experts_per_tok": 1,
-            "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
         },
         "linear_attention",
     ),
@@ -87,7 +91,7 @@ def test_longrope_uses_the_short_factors_by_default(
 
 
 def test_longrope_is_the_same_for_every_batch(family_model: Any) -> None:
-    """Long factors for all, if asked for a long context: a short prompt's tokens do not change beside a long one."""
+    """Long factors for all, if asked for a long context: a short prompt is the same beside a long one."""
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
     with Engine.from_model(longrope_model(family_model), max_model_len=100, prefix_cache=False) as engine:
         alone = engine.generate([[5, 6, 7]], params)[0].token_ids

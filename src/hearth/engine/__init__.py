@@ -1,4 +1,4 @@
-"""Inference: requests, block pool, scheduler, plan, runner, attention, sampling, and the engine's own process.
+"""Inference: requests, block pool, scheduler, plan, runner, attention, sampling, and the process of its own.
 
 The public names load on first use, so that describing a request (`SamplingParams`) costs no torch import.
 """

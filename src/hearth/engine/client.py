@@ -32,7 +32,7 @@ _KILL_AFTER = 5.0  # seconds that a process may take to leave after it was asked
 
 
 class AsyncEngine:
-    """`Engine` for asyncio. Make one with ``await AsyncEngine.start(MODEL)``; close it, or use ``async with``."""
+    """`Engine` for asyncio. Made by ``await AsyncEngine.start(MODEL)``; close it, or use ``async with``."""
 
     def __init__(self, process: subprocess.Popen[bytes], connection: socket.socket) -> None:
         self._process = process

@@ -24,7 +24,8 @@ class EngineConfig:
     max_num_batched_tokens: the token budget of one step; a longer prompt is computed in chunks.
     kv_cache_memory: bytes for the KV cache; None takes what max_num_seqs x max_model_len tokens need, at most
         40 % of the memory that is free after loading.
-    block_size: tokens in a KV block. prefix_cache: reuse the blocks of a prompt that starts like an earlier one.
+    block_size: tokens in a KV block.
+    prefix_cache: reuse the blocks of a prompt that starts like an earlier one.
     prepack: rearrange the linear weights for the CPU's matrix units at load.
     attention: "auto" chooses numba kernels on a CPU and torch elsewhere; "numba" and "torch" insist.
     seed: the engine's source of randomness for requests without a seed of their own.
@@ -57,7 +58,7 @@ class EngineConfig:
 
     @classmethod
     def of(cls, **fields: Any) -> EngineConfig:
-        """The configuration with these fields; an unknown field is a `ConfigError` that lists the known ones."""
+        """The configuration with these fields; an unknown one is a `ConfigError` that lists the known."""
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if unknown:
             known = ", ".join(cls.__dataclass_fields__)

@@ -12,12 +12,12 @@ from transformers.pytorch_utils import Conv1D
 
 
 class PackedLinear(nn.Module):
-    """A linear layer from a packed weight. It has no ``weight`` to read: only its type and shape are known."""
+    """A linear layer from a packed weight. Of its ``weight`` only type and shape can be read."""
 
     def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight_NK.shape
-        # On the meta device: code that asks for dtype or shape works, code that computes with it fails loudly.
+        # On the meta device: asking for dtype or shape works, computing with it fails loudly.
         self.weight = torch.empty_like(weight_NK, device="meta")
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach().contiguous(), None)
         self.bias = None if bias_N is None else bias_N.detach()
@@ -34,7 +34,7 @@ class PackedLinear(nn.Module):
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether packed weights are possible and worth it here."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
@@ -56,10 +56,15 @@ def pack_linears(model: nn.Module) -> int:
             if type(child) is nn.Linear:
                 packed = PackedLinear(child.weight, child.bias)
             elif type(child) is Conv1D:
-                packed = PackedLinear(child.weight.t(), child.bias)
+                packed = PackedLinear(_tensor(child.weight).t(), _tensor(child.bias))
             else:
                 continue
             setattr(module, name, packed)
             del child
             num_packed += 1
     return num_packed
+
+
+def _tensor(value: object) -> torch.Tensor:
+    assert isinstance(value, torch.Tensor)
+    return value

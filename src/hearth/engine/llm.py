@@ -89,7 +89,7 @@ class Engine:
 
     @classmethod
     def load(cls, reference: str | Path, config: EngineConfig | None = None, **fields: Any) -> Engine:
-        """Open a model (registry name, directory, ``hf:org/name``); ``fields`` are those of `EngineConfig`."""
+        """Open a model (registry name, directory, ``hf:org/name``); ``fields`` are `EngineConfig`'s."""
         started = time.perf_counter()
         config = EngineConfig.of(**fields) if config is None else config.with_(**fields)
         if config.num_threads is not None:
@@ -127,8 +127,8 @@ class Engine:
         fits = num_blocks * config.block_size
         if config.max_model_len is not None or fits < 2:
             raise ConfigError(
-                f"the KV cache has {budget} bytes, room for {fits} tokens; one sequence of max_model_len {wanted} "
-                f"needs {blocks_per_sequence * block_bytes} bytes",
+                f"the KV cache has {budget} bytes, room for {fits} tokens; one sequence of max_model_len "
+                f"{wanted} needs {blocks_per_sequence * block_bytes} bytes",
                 fix="lower max_model_len, raise kv_cache_memory, or free memory",
             )
         logger.warning("max_model_len is %d instead of %d: the KV cache holds no more", fits, wanted)
@@ -147,7 +147,7 @@ class Engine:
         return ids
 
     def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request; raises `RequestError` if it is invalid or can never fit, and then changes nothing."""
+        """Queue a request; raises `RequestError` and changes nothing if it is invalid or can never fit."""
         prompt = list(prompt_token_ids)
         if any(key[0] == request_id for key in self._sequences):
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")
@@ -403,8 +403,8 @@ def check_prompt(prompt: Sequence[int], max_model_len: int, vocab_size: int) -> 
         raise RequestError("the prompt is empty", fix="give at least one token", param="prompt")
     if len(prompt) >= max_model_len:
         raise RequestError(
-            f"the prompt has {len(prompt)} tokens, but the context of {max_model_len} must also hold the answer",
-            fix=f"shorten the prompt to at most {max_model_len - 1} tokens, or load with a larger max_model_len",
+            f"the prompt has {len(prompt)} tokens; the context of {max_model_len} must hold the answer too",
+            fix=f"shorten it to at most {max_model_len - 1} tokens, or load with a larger max_model_len",
             param="prompt",
         )
     for token_id in prompt:

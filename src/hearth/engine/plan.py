@@ -1,4 +1,4 @@
-"""What one step computes: immutable, and made of plain integers, so that every rank could run the same plan."""
+"""What one step computes: immutable plain integers, so that every rank could run the same plan."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of one step, decodes first. ``preempted`` lists the sequences that lost their blocks for it."""
+    """The rows of one step, decodes first. ``preempted``: the sequences that lost their blocks for it."""
 
     rows: tuple[PlanRow, ...]
     preempted: tuple[Request, ...] = ()

@@ -79,7 +79,7 @@ class BlockPool:
         return request.num_computed
 
     def grow(self, request: Request, num_tokens: int, *, keep: int = 0) -> bool:
-        """Give ``request`` blocks for ``num_tokens`` tokens, leaving ``keep`` blocks available; all or nothing."""
+        """Give ``request`` blocks for ``num_tokens`` tokens, leaving ``keep`` available; all or nothing."""
         missing = self.blocks_for(num_tokens) - len(request.block_ids)
         if missing <= 0:
             return True
@@ -89,7 +89,7 @@ class BlockPool:
         return True
 
     def commit(self, request: Request) -> None:
-        """Make the full blocks of computed tokens findable. A block whose content exists already stays private."""
+        """Make the full blocks of computed tokens findable. A block that exists already stays private."""
         if not self.prefix_cache:
             return
         num_full = request.num_computed // self.block_size
@@ -99,7 +99,7 @@ class BlockPool:
         request.num_committed = max(request.num_committed, num_full)
 
     def release(self, request: Request) -> None:
-        """Take all blocks of ``request`` back, its last first, so that a prefix outlives its continuations."""
+        """Take all blocks of ``request`` back, last first, so that a prefix outlives its continuations."""
         for block_id in reversed(request.block_ids):
             assert self._references[block_id] > 0, f"block {block_id} was released twice"
             self._references[block_id] -= 1

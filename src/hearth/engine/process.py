@@ -145,5 +145,5 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
     sys.stderr.flush()
-    # Skipping interpreter shutdown: threads of torch and numba are still parked, and there is nothing to save.
+    # Skipping interpreter shutdown: threads of torch are still parked, and there is nothing to save.
     os._exit(exit_code)

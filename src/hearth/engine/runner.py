@@ -81,7 +81,7 @@ class Runner:
         It sees what reading the config cannot: a state outside the cache, positions taken from elsewhere, a
         bias in the mask. Uses the first blocks, so it must run before any request.
         """
-        chunks = (17, 5, 1, 1)  # the long path, the tiled path, and two decodes
+        chunks: tuple[int, ...] = (17, 5, 1, 1)  # the long path, the tiled path, and two decodes
         total = sum(chunks)
         size = self.step.block_size
         if self.layers[0].keys.shape[0] * size < total:
@@ -108,6 +108,6 @@ class Runner:
             if not error <= _TOLERANCE[self.model.dtype]:
                 raise refuse(
                     self.model,
-                    f"its logits through the paged cache differ from its own by {error:.1%} after {end} tokens",
+                    f"its logits through the paged cache differ from its own by {error:.1%} at token {end}",
                 )
             start = end

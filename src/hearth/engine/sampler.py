@@ -2,7 +2,7 @@
 
 A token is drawn by inverting the cumulative distribution at one uniform number, which comes from the
 request's own generator: the draws of a request with a seed do not depend on what else is in the batch.
-The order of the operations is transformers': penalties, bias, forbidden ends, temperature, top-k, top-p, min-p.
+The order is transformers': penalties, bias, forbidden ends, temperature, top-k, top-p, min-p.
 
 Legend: R sequences, V vocabulary.
 """

@@ -81,8 +81,8 @@ def examine(model: PreTrainedModel) -> list[tuple[torch.nn.Module, LayerSpec]]:
     if len(calls) != num_layers:
         raise refuse(
             model,
-            f"{len(calls)} of its {num_layers} layers call the attention interface; the others keep a state of "
-            "another kind (state space, linear attention) that the paged cache does not hold",
+            f"{len(calls)} of its {num_layers} layers call the attention interface; the others keep a state "
+            "of another kind (state space, linear attention) that the paged cache does not hold",
         )
     if len({id(module) for module, _, _ in calls}) != len(calls):
         raise refuse(model, "one attention module is called several times in a pass")
@@ -127,6 +127,7 @@ def _probe_attention(
         softcap=float(kwargs.get("softcap") or 0.0),
         sinks=sinks is not None,
     )
+    del attention_mask  # none is made: its rules are ours
     _calls.append((module, spec, {name for name, argument in kwargs.items() if argument is not None}))
     length = query.shape[2]
     visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
@@ -136,7 +137,7 @@ def _probe_attention(
 def _window(module: torch.nn.Module, kwargs: dict[str, Any]) -> int:
     """How many tokens a query sees, itself included; 0 = all.
 
-    The layer's type decides where it is known, because some models pass a window to layers that do not use it.
+    The layer's type decides where it is known, because some models pass a window to every layer.
     """
     config = getattr(module, "config", None)
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
@@ -204,8 +205,9 @@ def _pin_longrope(model: PreTrainedModel, layer_type: str | None, *, long: bool)
             frequencies = getattr(module, f"{prefix}long_inv_freq")
         else:
             frequencies = getattr(module, f"{prefix}original_inv_freq")
-        setattr(module, f"{prefix}long_inv_freq", frequencies)
-        setattr(module, f"{prefix}original_inv_freq", frequencies)
+        # Copies, because assigning a registered buffer under a second name would register that name too.
+        for name in ("long_inv_freq", "original_inv_freq"):
+            setattr(module, f"{prefix}{name}", frequencies.detach().clone())
         getattr(module, f"{prefix}inv_freq").copy_(frequencies)
 
 

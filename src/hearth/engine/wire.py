@@ -52,10 +52,10 @@ class WireError(msgspec.Struct, omit_defaults=True):
         return cls(type(error).__name__, error.message, error.fix, getattr(error, "param", None))
 
     def error(self) -> HearthError:
-        kind = getattr(errors, self.kind, EngineError)
+        kind: type[HearthError] = getattr(errors, self.kind, EngineError)
         if issubclass(kind, RequestError):
             return kind(self.message, fix=self.fix, param=self.param)
-        return kind(self.message, fix=self.fix)  # type: ignore[no-any-return]
+        return kind(self.message, fix=self.fix)
 
 
 class Ready(msgspec.Struct, tag="ready"):
@@ -95,8 +95,8 @@ Command = AddRequest | AbortRequest | AskStats | Shutdown
 Event = Ready | LoadFailed | Outputs | Refused | Heartbeat | StatsReply | Closed
 
 _encoder = msgspec.msgpack.Encoder()
-_command_decoder = msgspec.msgpack.Decoder(Command)
-_event_decoder = msgspec.msgpack.Decoder(Event)
+_command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 
 
 def encode(message: Command | Event) -> bytes:

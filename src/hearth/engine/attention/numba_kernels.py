@@ -51,7 +51,7 @@ import numba  # noqa: E402 - numba reads its cache folder on import
 
 @numba.njit(inline="always", fastmath=_FASTMATH)
 def _exp(x: Any) -> Any:
-    """e^x for x <= 0 within 2 ulp, without a branch or a call, so that loops over it vectorise (Cephes expf)."""
+    """e^x for x <= 0 within 2 ulp, without branch or call, so that loops over it vectorise (Cephes expf)."""
     x = max(x, np.float32(-87.0))
     n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)

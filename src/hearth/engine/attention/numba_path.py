@@ -69,7 +69,7 @@ class NumbaLayer:
         numba_kernels.write_slots(view(key_TKD), view(value_TKE), self.keys_np, self.values_np, step.slots_np)
         out_THE = torch.empty(query_THD.shape[0], self.spec.num_heads, self.spec.value_dim)
         num_kv_heads = self.spec.num_kv_heads
-        work: _Work = step.cached(("work", num_kv_heads), lambda: _Work(step, num_kv_heads))  # type: ignore[assignment]
+        work: _Work = step.cached(("work", num_kv_heads), lambda: _Work(step, num_kv_heads))
         if sinks_H is not None and not len(self.sinks):
             self.sinks = sinks_H.detach().float().contiguous().numpy()
         if work.parts:
@@ -122,5 +122,5 @@ def split(costs: np.ndarray, num_threads: int) -> list[tuple[int, int]]:
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    """Threads beside the caller's. Plain threads: numba's own layers cannot be used by two engines at once."""
+    """Threads beside the caller's. Plain ones, because two engines cannot share numba's own thread layers."""
     return ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), "hearth-attention")

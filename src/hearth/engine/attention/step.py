@@ -5,7 +5,9 @@ Legend: T query tokens of the step, N sequences, B blocks of a sequence at most,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ class StepContext:
     tables_np: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))  # [N, B]
     slots_np: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [T]
     positions_np: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [T]
-    _cache: dict[object, object] = field(default_factory=dict)
+    _cache: dict[object, Any] = field(default_factory=dict)
 
     def fill(self, plan: Plan) -> None:
         rows = plan.rows
@@ -49,11 +51,10 @@ class StepContext:
             )
         self._cache.clear()
 
-    def cached(self, key: object, make: object) -> object:
+    def cached(self, key: object, make: Callable[[], Any]) -> Any:
         """A value that all layers of this step share, made by the first that asks."""
         value = self._cache.get(key)
         if value is None:
-            assert callable(make)
             value = self._cache[key] = make()
         return value
 
@@ -64,4 +65,5 @@ class StepContext:
             slots = torch.from_numpy(self.slots_np).to(self.device)
             return slots // self.block_size, slots % self.block_size
 
-        return self.cached("slots", make)  # type: ignore[return-value]
+        pair: tuple[torch.Tensor, torch.Tensor] = self.cached("slots", make)
+        return pair

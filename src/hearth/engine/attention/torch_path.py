@@ -67,7 +67,8 @@ def _decode(
         tables = torch.from_numpy(step.tables_np[decoding, :width]).to(device).long()
         return tables, torch.tensor([step.starts[i] + 1 for i in decoding], device=device)
 
-    tables_NB, lengths_N = step.cached("decode", make)  # type: ignore[misc]
+    shared: tuple[torch.Tensor, torch.Tensor] = step.cached("decode", make)
+    tables_NB, lengths_N = shared
     positions_L = torch.arange(tables_NB.shape[1] * step.block_size, device=device)
     visible_NL = positions_L < lengths_N[:, None]
     if spec.window:
@@ -106,7 +107,7 @@ def prefill(
         visible = seen_L <= at_n
         return visible & (seen_L > at_n - spec.window) if spec.window else visible
 
-    table_B: torch.Tensor = step.cached(("table", sequence, first_block), table)  # type: ignore[assignment]
+    table_B: torch.Tensor = step.cached(("table", sequence, first_block), table)
     keys_KLD = keys[table_B].transpose(0, 1).flatten(1, 2)[:, : length - origin]
     values_KLE = values[table_B].transpose(0, 1).flatten(1, 2)[:, : length - origin]
     query_HnD = query_nHD.transpose(0, 1)
@@ -114,7 +115,7 @@ def prefill(
     visible_nL = None
     if not plain_causal or spec.softcap or spec.sinks:
         visible_nL = step.cached(("mask", sequence, spec.window), mask)
-    out = dot_product(spec, query_HnD[None], keys_KLD[None], values_KLE[None], visible_nL, sinks_H)  # type: ignore[arg-type]
+    out = dot_product(spec, query_HnD[None], keys_KLD[None], values_KLE[None], visible_nL, sinks_H)
     return out[0].transpose(0, 1)
 
 
