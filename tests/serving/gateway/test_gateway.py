@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hearth.errors import ServingError
 from hearth.serving.gateway.access import Access
+from hearth.serving.gateway.policy import RestartPolicy
 from hearth.telemetry import names
 
 
@@ -202,10 +203,12 @@ async def test_it_gives_up_on_a_worker_that_keeps_failing_and_still_answers(
 ) -> None:
     count = tmp_path / "count"
     arguments = ("--count-file", str(count), "--fail-from", "1")
-    async with start_gateway(worker_spec(arguments=arguments)) as running:
+    policy = RestartPolicy(backoff=0.4, limit=3)
+    async with start_gateway(worker_spec(arguments=arguments, policy=policy)) as running:
         (worker,) = running.gateway.workers
         assert (await running.get("/readyz"))[0] == 200
         await running.post(prompt="die")
+        await running.until(lambda: worker.state != "ready")
         status, body, headers = await running.post(prompt="hi")
         assert (status, body["error"]["code"]) == (503, "model_not_ready")
         assert "retry-after" in headers
