@@ -14,12 +14,17 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hearth.errors import HearthError
 from hearth.serving.lifeline import die_with_parent, event_channel
 from hearth.telemetry import logs
+
+if TYPE_CHECKING:
+    from hearth.engine import AsyncEngine
+    from hearth.serving.servers import Server
 
 log = logs.get_logger("worker")
 EXIT_ENGINE_DEAD = 70
@@ -68,7 +73,8 @@ def run(arguments: list[str]) -> int:
                 "exit_code": error.exit_code,
             },
         )
-        log.error("cannot start", extra=logs.fields(reason=error.message))
+        if not options.supervised:  # a supervisor tells the event to whoever it is for
+            log.error("cannot start", extra=logs.fields(reason=error.message))
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -80,19 +86,52 @@ def _emit(channel: int, event: dict[str, Any]) -> None:
 
 
 async def _serve(options: argparse.Namespace, name: str, channel: int, started: float) -> int:
-    # Heavy imports after the arguments were read, and timed as a part of the start.
+    from hearth.engine import AsyncEngine, EngineConfig
+
+    imported = time.monotonic()
+    config = EngineConfig.of(**options.engine)
+    engine = await AsyncEngine.start(options.model, config)
+    try:
+        loaded = time.monotonic()
+        server = _make_server(options, name, engine)
+        loading = engine.initial_stats.load_seconds
+        timeline = {
+            "imports": imported - started,
+            "engine process": loaded - imported - loading,
+            "model": loading,
+        }
+        ready = {
+            "event": "ready",
+            "pid": os.getpid(),
+            "engine_pid": engine.pid,
+            "max_model_len": engine.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "chat": bool(getattr(engine.tokenizer, "chat_template", None)),
+            "model_info": engine.model_info,
+        }
+
+        def on_started() -> None:
+            timeline["server"] = time.monotonic() - loaded
+            rounded = {key: round(value, 3) for key, value in timeline.items()}
+            _emit(channel, {**ready, "timeline": rounded})
+            log.info("ready", extra=logs.fields(seconds=round(time.monotonic() - started, 2)))
+
+        return await _serve_until_end(server, engine, on_started)
+    finally:
+        await engine.close()
+        sys.stderr.flush()
+
+
+def _make_server(options: argparse.Namespace, name: str, engine: AsyncEngine) -> Server:
+    # Imported now, not before the engine's start: these need what the engine's tokenizer has just loaded,
+    # and loading it first would keep the engine's process waiting for its own imports.
     import prometheus_client
 
-    from hearth.engine import AsyncEngine, EngineConfig
     from hearth.serving.servers import make_server
     from hearth.serving.worker.app import WorkerApp
     from hearth.serving.worker.jobs import ServedModel, generation_defaults
 
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-    imported = time.monotonic()
-    config = EngineConfig.of(**options.engine)
-    engine = await AsyncEngine.start(options.model, config)
-    loaded = time.monotonic()
     version = options.served_version or name
     model = ServedModel(
         name=name,
@@ -109,7 +148,11 @@ async def _serve(options: argparse.Namespace, name: str, channel: int, started: 
         engine_hang_seconds=options.engine_hang_seconds,
     )
     address = {"uds": options.uds} if options.uds else {"host": options.host, "port": options.port}
-    server = make_server(app.asgi, drain_seconds=options.drain_seconds, **address)
+    return make_server(app.asgi, drain_seconds=options.drain_seconds, **address)
+
+
+async def _serve_until_end(server: Server, engine: AsyncEngine, on_started: Callable[[], None]) -> int:
+    """Serve until a signal (0) or until the engine dies (70), whose open requests still get their errors."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, setattr, server, "should_exit", True)
@@ -120,39 +163,17 @@ async def _serve(options: argparse.Namespace, name: str, channel: int, started: 
         if serving.done():
             serving.result()
             return 1
-        loading = engine.initial_stats.load_seconds
-        timeline = {
-            "imports": imported - started,
-            "engine process": loaded - imported - loading,
-            "model": loading,
-            "server": time.monotonic() - loaded,
-        }
-        _emit(
-            channel,
-            {
-                "event": "ready",
-                "pid": os.getpid(),
-                "engine_pid": engine.pid,
-                "timeline": {key: round(value, 3) for key, value in timeline.items()},
-                "max_model_len": engine.max_model_len,
-                "max_num_seqs": config.max_num_seqs,
-                "chat": bool(getattr(engine.tokenizer, "chat_template", None)),
-                "model_info": engine.model_info,
-            },
-        )
-        log.info("ready", extra=logs.fields(seconds=round(time.monotonic() - started, 2)))
+        on_started()
         while not serving.done() and engine.is_alive:
             await asyncio.wait({serving}, timeout=0.2)
-        if not serving.done():
-            log.error("engine died")
-            await asyncio.sleep(_FLUSH_SECONDS)
-            return EXIT_ENGINE_DEAD
-        return 0
+        if serving.done():
+            return 0
+        log.error("engine died")
+        await asyncio.sleep(_FLUSH_SECONDS)
+        return EXIT_ENGINE_DEAD
     finally:
         server.should_exit = True
-        with contextlib.suppress(asyncio.TimeoutError):
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(serving), 2 * _FLUSH_SECONDS)
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
-        await engine.close()
-        sys.stderr.flush()
