@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt-length", type=int, default=512)
     parser.add_argument("--num-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, help="default: every core that the process may use")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     arguments = parser.parse_args()
     shape = "tiny" if arguments.quick else "474M"
@@ -150,7 +151,7 @@ def main() -> None:
     num_tokens = 8 if arguments.quick else arguments.num_tokens
 
     machine = hardware()
-    torch.set_num_threads(machine["cores"])
+    torch.set_num_threads(arguments.threads or machine["cores"])
     path = model_path(shape)
     vocab_size = SHAPES[shape]["vocab_size"]
     competitors = {"hearth": Hearth(path, vocab_size), "transformers": Transformers(path, vocab_size)}

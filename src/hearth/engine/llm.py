@@ -22,6 +22,7 @@ from hearth.engine.detokenize import Decode, Detokenizer, StopChecker, decoder_o
 from hearth.engine.linear import can_pack, pack_linears
 from hearth.engine.loading import LoadedModel, eos_token_ids, load
 from hearth.engine.memory import DEFAULT_SHARE, available_memory
+from hearth.engine.norm import fuse_norms
 from hearth.engine.outputs import Completion, EngineStats, RequestOutput, TokenLogprob
 from hearth.engine.params import SamplingParams
 from hearth.engine.plan import Plan
@@ -74,6 +75,8 @@ class Engine:
         num_blocks, self.max_model_len = self._size_pool(model, text_config, specs)
         support.pin_rope(model, self.max_model_len)
         self.runner = _make_runner(model, specs, num_blocks, config)
+        if self.runner.layers[0].use_numba:
+            fuse_norms(model)
         self.runner.self_test(self.vocab_size)
         self.pool = BlockPool(num_blocks, config.block_size, prefix_cache=config.prefix_cache)
         self.scheduler = Scheduler(

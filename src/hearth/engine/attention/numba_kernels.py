@@ -188,3 +188,36 @@ def write_slots(key: Any, value: Any, key_pool: Any, value_pool: Any, slots: Any
                 key_pool[page, h, j, d] = key[t, h, d]
             for d in range(value.shape[2]):
                 value_pool[page, h, j, d] = value[t, h, d]
+
+
+@numba.njit(inline="always")
+def _narrow(x: Any) -> Any:
+    """The bfloat16, as uint16, nearest to a finite float32; ties to even."""
+    bits = np.float32(x).view(np.uint32)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FASTMATH)
+def rms_norm_f32(x: Any, weight: Any, eps: Any, out: Any) -> None:
+    """out[T, D] = x / sqrt(mean(x^2) + eps) * weight."""
+    for t in range(x.shape[0]):
+        total = np.float32(0.0)
+        for d in range(x.shape[1]):
+            total += x[t, d] * x[t, d]
+        inverse = np.float32(1.0) / np.sqrt(np.float32(total / np.float32(x.shape[1]) + np.float32(eps)))
+        for d in range(x.shape[1]):
+            out[t, d] = x[t, d] * inverse * weight[d]
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FASTMATH)
+def rms_norm_bf16(x: Any, weight: Any, eps: Any, out: Any) -> None:
+    """The same on bfloat16 seen as uint16; like transformers it rounds before and after the weight."""
+    for t in range(x.shape[0]):
+        total = np.float32(0.0)
+        for d in range(x.shape[1]):
+            v = _widen_bf16(x[t, d])
+            total += v * v
+        inverse = np.float32(1.0) / np.sqrt(np.float32(total / np.float32(x.shape[1]) + np.float32(eps)))
+        for d in range(x.shape[1]):
+            normed = _widen_bf16(_narrow(_widen_bf16(x[t, d]) * inverse))
+            out[t, d] = _narrow(normed * _widen_bf16(weight[d]))
