@@ -18,39 +18,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hearth.telemetry.hardware import find_hardware
+
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "tokenizers", "numba", "numpy", "hearth-lm")
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores that this process may use, features for matrices, memory, GPU."""
-    info: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "cpu_features": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in _cpu_flags()],
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "load_average_at_start": os.getloadavg()[0],
-    }
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        info["gpu"] = torch.cuda.get_device_name()
-    return info
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return set(next(line.split(":", 1)[1].split() for line in lines if line.startswith("flags")))
-    except (OSError, StopIteration):
-        return set()
+    """What Hearth says about this machine, and how busy it was when the benchmark began."""
+    return {**find_hardware().to_dict(), "load_average_at_start": os.getloadavg()[0]}
 
 
 def versions() -> dict[str, str]:
