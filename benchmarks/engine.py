@@ -86,6 +86,9 @@ class Competitor:
 class Hearth(Competitor):
     def __init__(self, path: Path, vocab_size: int, **settings: Any) -> None:
         super().__init__(vocab_size)
+        # Without the prefix cache a freed block is used again at once. With it every new prompt would take
+        # memory that was never touched, and the first rounds would measure the kernel zeroing pages.
+        settings = {"prefix_cache": False, **settings}
         self.engine = Engine.from_model(
             AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16"), **settings
         )

@@ -5,17 +5,18 @@ Legend: T tokens (or tokens x heads), D features.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import nn
 
-# Elements above which torch's several passes on all threads are quicker than one pass on one thread.
-_LARGE = 1 << 17
+# Elements below which waking another thread costs more than it saves.
+_WORTH_A_THREAD = 1 << 17
 
 
 class FusedRMSNorm(nn.Module):
-    """Takes the place of a model's RMSNorm on a CPU; large inputs go to the original."""
+    """Takes the place of a model's RMSNorm on a CPU."""
 
     def __init__(self, original: nn.Module, weight_D: torch.Tensor, eps: float) -> None:
         super().__init__()
@@ -28,17 +29,23 @@ class FusedRMSNorm(nn.Module):
         self._dtype = weight_D.dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() > _LARGE or x.dtype is not self._dtype:
+        if x.dtype is not self._dtype:
             result: torch.Tensor = self.original(x)
             return result
         from hearth.engine.attention.numba_kernels import rms_norm_bf16, rms_norm_f32
-        from hearth.engine.attention.numba_path import view
+        from hearth.engine.attention.numba_path import run_parts, view
 
         x = x.contiguous()
         out = torch.empty_like(x)
         kernel = rms_norm_bf16 if x.dtype is torch.bfloat16 else rms_norm_f32
-        size = x.shape[-1]
-        kernel(view(x).reshape(-1, size), self._weight_np, self.eps, view(out).reshape(-1, size))
+        x_TD, out_TD = view(x).reshape(-1, x.shape[-1]), view(out).reshape(-1, x.shape[-1])
+
+        def run(begin: int, end: int) -> None:
+            kernel(x_TD[begin:end], self._weight_np, self.eps, out_TD[begin:end])
+
+        num_parts = max(1, min(torch.get_num_threads(), x.numel() // _WORTH_A_THREAD))
+        cuts = [len(x_TD) * i // num_parts for i in range(num_parts + 1)]
+        run_parts(run, list(itertools.pairwise(cuts)))
         return out
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -82,16 +83,13 @@ class NumbaLayer:
         return out_THE.to(query_THD.dtype)
 
     def _decode(self, work: _Work, step: StepContext, query: np.ndarray, out: np.ndarray) -> None:
-        def run(part: tuple[int, int]) -> None:
+        def run(begin: int, end: int) -> None:
             self.kernel(
-                query, self.keys_np, self.values_np, out, step.tables_np, work.items, part[0], part[1],
+                query, self.keys_np, self.values_np, out, step.tables_np, work.items, begin, end,
                 self.scale, self.cap, self.spec.window, self.sinks,
             )  # fmt: skip
 
-        others = [_threads().submit(run, part) for part in work.parts[1:]]
-        run(work.parts[0])
-        for other in others:
-            other.result()
+        run_parts(run, work.parts)
 
 
 class _Work:
@@ -118,6 +116,14 @@ def split(costs: np.ndarray, num_threads: int) -> list[tuple[int, int]]:
     targets = cumulative[-1] * np.arange(1, num_parts) / num_parts
     cuts = [0, *(np.searchsorted(cumulative, targets) + 1).tolist(), len(costs)]
     return [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
+
+
+def run_parts(run: Callable[[int, int], None], parts: list[tuple[int, int]]) -> None:
+    """Call ``run(begin, end)`` for every part at once; it must release the interpreter to gain from it."""
+    others = [_threads().submit(run, *part) for part in parts[1:]]
+    run(*parts[0])
+    for other in others:
+        other.result()
 
 
 @functools.cache
