@@ -208,7 +208,7 @@ def test_a_broken_manifest_is_refused(dataset: Dataset, content: str | None, com
 def test_another_format_version_is_refused(dataset: Dataset) -> None:
     path = dataset.path / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
-    with pytest.raises(DataError, match="format version 99; this Hearth reads 2"):
+    with pytest.raises(DataError, match="format version 99; this Hearth reads 3"):
         Dataset.open(dataset.path)
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from hearth.data import SPECIAL_TOKENS, DataTokenizer, train_bpe
+from hearth.data import SPECIAL_TOKENS, Dataset, DataTokenizer, train_bpe
 from hearth.errors import DataError
 
 SAMPLES = [
@@ -121,3 +125,36 @@ def test_a_special_token_outside_the_vocabulary_is_refused(tmp_path: Path, token
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     with pytest.raises(DataError, match="'</s>' is not in the vocabulary"):
         DataTokenizer.open(tmp_path)
+
+
+def test_documents_begin_as_served_prompts_do(
+    tokenizer: DataTokenizer,
+    tokenizer_dir: Path,
+    corpus: Path,
+    prepare: Callable[..., Dataset],
+    tmp_path: Path,
+) -> None:
+    """A Llama-style tokenizer puts BOS before a text; training without it would not be what is served."""
+    from transformers import AutoTokenizer
+
+    from hearth.models import encode_text
+
+    directory = tmp_path / "with-bos"
+    shutil.copytree(tokenizer_dir, directory)
+    backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    bos = tokenizer.special_ids["<|im_start|>"]
+    backend.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", pair="$A $B", special_tokens=[("<|im_start|>", bos)]
+    )
+    backend.save(str(directory / "tokenizer.json"))
+    assert tokenizer.prefix_ids == ()
+    assert DataTokenizer.open(directory).prefix_ids == (bos,)
+    split = prepare(corpus, tokenizer_dir=directory).split("validation")
+    served = AutoTokenizer.from_pretrained(directory)
+    assert split.num_documents > 3
+    for index in range(split.num_documents):
+        text = (corpus / split.document_info(index)["id"]).read_text(encoding="utf-8")
+        assert split.tokens(index).tolist() == [*encode_text(served, text), tokenizer.eos_id]
+        assert split.text(index) == text
+    without = prepare(corpus, tokenizer_dir=tokenizer_dir, out="without").split("validation")
+    assert without.num_tokens == split.num_tokens - split.num_documents

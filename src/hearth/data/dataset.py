@@ -83,7 +83,8 @@ class TokenSplit:
         return chosen
 
     def tokens(self, index: int) -> npt.NDArray[np.int32]:
-        """Token ids of a document; text documents end with the eos token."""
+        """Token ids of a document; a text begins as the tokenizer begins every text (BOS, if it adds one)
+        and ends with the eos token."""
         return self.token_range(index, 0, self._length(index))
 
     def loss_mask(self, index: int) -> npt.NDArray[np.bool_] | None:
@@ -159,12 +160,8 @@ class TokenSplit:
         if self._tokenizer is None:
             self._tokenizer = self.dataset.tokenizer()
         ids = self.tokens(index).tolist()
-        if (
-            not self._is_conversation(index)
-            and ids
-            and ids[-1] == self.dataset.manifest.tokenizer.eos_token_id
-        ):
-            ids.pop()
+        if not self._is_conversation(index):
+            ids = ids[len(self._tokenizer.prefix_ids) : -1]  # without what was put around the text
         return self._tokenizer.decode(ids)
 
     def _is_conversation(self, index: int) -> bool:

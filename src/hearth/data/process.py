@@ -161,8 +161,9 @@ def _tokenize(documents: list[Document], tokenizer: DataTokenizer) -> TokenResul
             ids = next(plain)
             if not result.num_round_trips:
                 result.num_round_trips, result.num_lossy = 1, int(tokenizer.decode(ids) != document.text)
-            result.tokens.append(np.array([*ids, tokenizer.eos_id], dtype=np.int32))
-            result.masks.append(np.ones(len(ids) + 1, dtype=np.bool_))
+            tokens = np.array([*tokenizer.prefix_ids, *ids, tokenizer.eos_id], dtype=np.int32)
+            result.tokens.append(tokens)
+            result.masks.append(np.ones(len(tokens), dtype=np.bool_))
             result.num_bytes.append(len(document.text.encode()))
         else:
             tokens, mask, text = render_conversation(document.messages, tokenizer)

@@ -70,6 +70,11 @@ class DataTokenizer:
             for index, token in tokenizer.get_added_tokens_decoder().items()
             if token.special
         }
+        # What the tokenizer itself puts before a text, such as Llama's BOS. A served prompt begins with it
+        # (``encode_prompt``), so a document has to as well.
+        added = self._plain.encode("a", add_special_tokens=True)
+        first_of_text = added.special_tokens_mask.index(0) if 0 in added.special_tokens_mask else 0
+        self.prefix_ids: tuple[int, ...] = tuple(added.ids[:first_of_text])
         turn_ends = {self.special_ids[token] for token in TURN_ENDS if token in self.special_ids}
         eos = set() if self.eos_id is None else {self.eos_id}
         self.stop_token_ids: frozenset[int] = frozenset(stop_token_ids) | eos | turn_ends
