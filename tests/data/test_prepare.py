@@ -94,6 +94,18 @@ def test_a_folder_that_is_no_dataset_is_left_alone(prepare: Prepare, corpus: Pat
     assert [path.name for path in precious.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("name", ["train/thesis.txt", "manifest.json"])
+def test_a_folder_that_resembles_a_dataset_is_left_alone(
+    prepare: Prepare, corpus: Path, tmp_path: Path, name: str
+) -> None:
+    mine = tmp_path / "precious" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    with pytest.raises(DataError, match="precious exists and is not a dataset"):
+        prepare(corpus, out="precious")
+    assert mine.read_text() == "years of work"
+
+
 def test_what_filters_removed_is_counted_by_source(prepare: Prepare, corpus: Path) -> None:
     (corpus / "empty.txt").write_text("")
     (corpus / "short.txt").write_text("ab")

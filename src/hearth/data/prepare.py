@@ -144,9 +144,7 @@ def _reusable(out_dir: Path, fingerprint: str) -> Dataset | None:
     """The dataset in ``out_dir`` when it is whole and has this fingerprint."""
     if not out_dir.exists():
         return None
-    if not out_dir.is_dir() or (
-        any(out_dir.iterdir()) and not (out_dir / MANIFEST).exists() and not (out_dir / "train").is_dir()
-    ):
+    if not out_dir.is_dir() or (any(out_dir.iterdir()) and not _looks_like_ours(out_dir)):
         raise DataError(
             f"{out_dir} exists and is not a dataset; it is left as it is", fix="choose another directory"
         )
@@ -158,6 +156,12 @@ def _reusable(out_dir: Path, fingerprint: str) -> Dataset | None:
         return None
     dataset.reused = True
     return dataset
+
+
+def _looks_like_ours(directory: Path) -> bool:
+    """Whether it was once a dataset, so that it may be replaced; folders of a user may be called train."""
+    ours = [f"{split}/{name}" for split in SPLITS for name in ("offsets.bin", "lines.bin", "ids.bin")]
+    return any((directory / name).is_file() for name in ours)
 
 
 def _remove_abandoned(out_dir: Path) -> None:
