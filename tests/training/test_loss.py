@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from hearth.training import loss as loss_module
 from hearth.training.batches import Batch, collate
@@ -45,6 +46,15 @@ def test_linear_cross_entropy_under_autocast_is_near_float32() -> None:
     mine, reference = (torch.autograd.grad(loss, (hidden, weight)) for loss in (ours, theirs))
     for a, b in zip(mine, reference, strict=True):
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+
+
+def test_an_evaluation_makes_no_gradients() -> None:
+    hidden, weight = torch.randn(100, 32), torch.randn(50, 32, requires_grad=True)
+    labels = torch.randint(0, 50, (100,))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        loss = linear_cross_entropy_sum(hidden, weight, labels)
+    assert counter.get_total_flops() == 2 * 100 * 32 * 50  # the logits, nothing else
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.detach().T, labels, reduction="sum"))
 
 
 def test_frozen_weight_gets_no_gradient() -> None:

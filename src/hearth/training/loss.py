@@ -94,6 +94,9 @@ def linear_cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Ten
     device = hidden_ND.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
     apply: Any = _LinearCrossEntropy.apply
+    if not torch.is_grad_enabled():
+        # ``needs_input_grad`` knows nothing of no_grad: an evaluation would make the weight's gradient too.
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     # Inside, types are chosen by hand; autocast would convert the buffers behind our back.
     with torch.autocast(device, enabled=False):
         return cast(Tensor, apply(hidden_ND, weight_VD, labels_N, compute))
