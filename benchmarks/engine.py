@@ -154,7 +154,7 @@ def main() -> None:
     num_tokens = 8 if arguments.quick else arguments.num_tokens
 
     machine = hardware()
-    torch.set_num_threads(arguments.threads or machine["cores"])
+    torch.set_num_threads(arguments.threads or machine["num_cores"])
     path = model_path(shape)
     vocab_size = SHAPES[shape]["vocab_size"]
     competitors = {"hearth": Hearth(path, vocab_size), "transformers": Transformers(path, vocab_size)}
@@ -172,7 +172,7 @@ def main() -> None:
         "num_tokens": num_tokens,
         "threads": torch.get_num_threads(),
     }
-    print(f"{machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}")
+    print(f"{machine['cpu']}, {machine['num_cores']} cores, torch {torch.__version__}")
     print(f"{shape} bf16, prompts of {length} tokens, {num_tokens} generated\n")
     print(ratio_table(rows, ours="hearth", unit="tok/s"))
     results = {label: {name: summary(values) for name, values in row.items()} for label, row in rows.items()}
