@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,49 @@ def test_continue_from_a_base_with_its_tokenizer(
     run = trainer.fit()
     assert load_tokenizer(run.dir / "model").get_vocab() == load_tokenizer(base_dir).get_vocab()
     assert load_tokenizer(run.dir / "model").chat_template == load_tokenizer(base_dir).chat_template
+
+
+def test_conversations_keep_their_template_and_the_base_its_stop_tokens(
+    train_parts: MakeTrainer, base_dir: Path, chats: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    generation = json.loads((base_dir / "generation_config.json").read_text())
+    extra = 7  # as a published model that may also end with a token of its own
+    generation |= {
+        "eos_token_id": [*generation["eos_token_id"], extra],
+        "do_sample": True,
+        "temperature": 0.6,
+    }
+    (base_dir / "generation_config.json").write_text(json.dumps(generation))
+    own = tmp_path / "own-template"
+    own.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base_dir / name, own / name)
+    template = (base_dir / "chat_template.jinja").read_text() + "{#- mine -#}"
+    (own / "chat_template.jinja").write_text(template)
+    run = train_parts(
+        model={"size": None, "base": str(base_dir)},
+        tokenizer={"base": str(own)},
+        data={"sources": [{"path": str(chats), "format": "chat"}], "sequence_length": 64},
+        train={"objective": "sft"},
+    ).fit()
+    assert load_tokenizer(run.dir / "model").chat_template == template
+    kept = json.loads((run.dir / "model" / "generation_config.json").read_text())
+    assert kept["eos_token_id"] == generation["eos_token_id"]
+    assert kept["temperature"] == 0.6
+
+
+def test_a_folder_called_like_a_model_is_not_its_parent(
+    train_parts: MakeTrainer, base_dir: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace.registry.create_version("twin", base_dir)
+    sections: dict[str, Any] = {"model": {"size": None, "base": "twin"}, "register": {"name": "child"}}
+    by_name = train_parts(train={"learning_rate": 1e-3}, **sections).fit().summary["version"]
+    shutil.copytree(base_dir, base_dir.parent / "twin")
+    monkeypatch.chdir(base_dir.parent)
+    by_folder = train_parts(train={"learning_rate": 2e-3}, **sections).fit().summary["version"]
+    assert by_name != by_folder
+    assert "twin@1" in str(workspace.lineage.up(f"model:{by_name}"))
+    assert "twin@1" not in str(workspace.lineage.up(f"model:{by_folder}"))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # by PEFT, opened bare

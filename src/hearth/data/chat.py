@@ -22,7 +22,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _MARKS_FIX = (
     "wrap what the assistant says, its stop token included, in {% generation %} … {% endgeneration %} "
-    "in chat_template.jinja"
+    "in chat_template.jinja; to leave the base as it is, do so in a copy of its tokenizer files and name "
+    "that folder as tokenizer.base"
 )
 
 

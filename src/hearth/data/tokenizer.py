@@ -97,8 +97,9 @@ class DataTokenizer:
         if not self.chat_template:
             raise DataError(
                 "the tokenizer has no chat template" + (f": {self.directory}" if self.directory else ""),
-                fix="save a chat_template.jinja beside tokenizer.json, or leave out tokenizer.base and "
-                "model.base so that a tokenizer with a ChatML template is trained",
+                fix="copy the tokenizer files into a folder, add a chat_template.jinja that marks the "
+                "assistant's words by {% generation %} … {% endgeneration %}, and name the folder as "
+                "tokenizer.base",
             )
         return compiled_template(self.chat_template, self.special_tokens)
 

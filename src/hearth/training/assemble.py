@@ -35,7 +35,7 @@ def assemble(recipe: Recipe, *, workspace: Workspace | None, progress: bool) -> 
     workspace = workspace or Workspace.open()
     base_dir = None if recipe.model.base is None else resolve_reference(recipe.model.base, workspace)
     dataset = open_dataset(recipe, workspace, base_dir, progress=progress)
-    tokenizer = choose_tokenizer(dataset.tokenizer_dir, base_dir)
+    tokenizer = choose_tokenizer(dataset, base_dir)
     model: Any = build_model(
         recipe.model,
         vocab_size=len(tokenizer),
@@ -47,7 +47,11 @@ def assemble(recipe: Recipe, *, workspace: Workspace | None, progress: bool) -> 
     if recipe.model.adapter is not None:
         model = add_adapter(model, recipe.model.adapter, seed=recipe.train.seed)
     has_validation = dataset.split("validation").num_documents > 0
-    return Parts(workspace, dataset, tokenizer, model, has_validation, recipe.model.base)
+    # A directory wins over a name, so a folder called like a registered model has no version behind it.
+    is_folder = base_dir is not None and base_dir == Path(str(recipe.model.base)).expanduser()
+    return Parts(
+        workspace, dataset, tokenizer, model, has_validation, None if is_folder else recipe.model.base
+    )
 
 
 def open_dataset(recipe: Recipe, workspace: Workspace, base_dir: Path | None, *, progress: bool) -> Dataset:
@@ -79,13 +83,13 @@ def _tokenizer_dir(recipe: Recipe, workspace: Workspace, base_dir: Path | None) 
     return resolve_reference(base, workspace)
 
 
-def choose_tokenizer(dataset_dir: Path, base_dir: Path | None) -> Any:
+def choose_tokenizer(dataset: Dataset, base_dir: Path | None) -> Any:
     """The tokenizer that goes with the model: that of the base, with its template; else the dataset's.
 
-    A base without a chat template takes over the dataset's. Raises ConfigError when the two tokenizers
-    number the tokens differently.
+    A model trained on conversations keeps the template that rendered them, and a base without a template
+    takes over the dataset's. Raises ConfigError when the two tokenizers number the tokens differently.
     """
-    tokenizer = load_tokenizer(dataset_dir)
+    tokenizer = load_tokenizer(dataset.tokenizer_dir)
     if base_dir is None:
         return tokenizer
     base = load_tokenizer(base_dir)
@@ -95,7 +99,7 @@ def choose_tokenizer(dataset_dir: Path, base_dir: Path | None) -> Any:
             f"({len(base)} tokens)",
             fix="prepare the data with the tokenizer of the base: leave tokenizer.base out",
         )
-    if base.chat_template is None and tokenizer.chat_template is not None:
+    if dataset.manifest.kind == "chat" or base.chat_template is None:
         return tokenizer
     return base
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import copy
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from transformers import GenerationConfig
 
 from hearth.config import recipe_hash, to_dict
 from hearth.models import save_model
+from hearth.models.saving import default_generation_config
 from hearth.training.adapter import merge_adapter, save_adapter
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ def leave_result(trainer: Trainer, run: Run, workspace: Workspace, store: Checkp
         facts["adapter_dir"] = str(run.dir / "adapter")
         model = merge_adapter(model)
     with torch.no_grad():
-        save_model(model, trainer.tokenizer, run.dir / "model")
+        save_model(model, trainer.tokenizer, run.dir / "model", _generation_config(trainer, model))
     if config.register_.name is not None:
         version = workspace.registry.create_version(
             config.register_.name,
@@ -49,6 +52,24 @@ def leave_result(trainer: Trainer, run: Run, workspace: Workspace, store: Checkp
         )
         facts["version"] = version.ref
     return facts
+
+
+def _generation_config(trainer: Trainer, model: Any) -> GenerationConfig | None:
+    """Generation defaults by the tokenizer; a base adds its own stop tokens and sampling defaults."""
+    if trainer.tokenizer is None:
+        return None
+    by_tokenizer = default_generation_config(trainer.tokenizer)
+    if trainer.config.model.base is None:
+        return by_tokenizer
+    kept = copy.deepcopy(model.generation_config)
+    stops = [*_as_list(by_tokenizer.eos_token_id), *_as_list(kept.eos_token_id)]
+    kept.eos_token_id = list(dict.fromkeys(stops)) or None
+    kept.pad_token_id = by_tokenizer.pad_token_id
+    return cast(GenerationConfig, kept)
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _parent(trainer: Trainer, workspace: Workspace) -> str | None:
