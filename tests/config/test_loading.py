@@ -90,7 +90,7 @@ def test_an_unknown_preset_is_named_with_the_nearest(recipe_file):
 def test_mappings_merge_and_lists_replace(recipe_file):
     path = recipe_file(
         "model: {config: {model_type: llama, hidden_size: 8}}\n"
-        "track: {tags: {a: x, b: y}}\nregister: {aliases: [one, two]}\n"
+        "track: {tags: {a: x, b: y}}\nregister: {name: n, aliases: [one, two]}\n"
     )
     loaded = load(path, "model.config.hidden_size=16", "track.tags.b=z", "register.aliases=[three]")
     assert loaded.recipe.model.config == {"model_type": "llama", "hidden_size": 16}

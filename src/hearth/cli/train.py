@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ def train(
 
     With --resume RUN the recipe may be left out: the run's own is used. Ctrl-C finishes the step, saves a
     checkpoint and prints the command that goes on.
+
+    The result is scored on the held-out documents. With register.name it becomes a version, takes the parity
+    gate and gets its aliases; exits with 1 when the gate fails.
     """
     from hearth.workspace import Workspace
 
@@ -51,7 +55,14 @@ def train(
         if dry_run:
             _print_plan(trainer.plan(), as_json=as_json)
             return
-        _print_result(trainer.fit(), as_json=as_json)
+        run = trainer.fit()
+        del trainer  # the gate opens the model twice more: let go of the weights and the optimizer first
+        from hearth.cli.after_training import after_training
+
+        facts = after_training(run, loaded, workspace, quiet=quiet)
+        _print_result(run, facts, as_json=as_json)
+    if not facts.get("parity", {}).get("passed", True):
+        sys.exit(1)
 
 
 def _load(recipe: str | None, overrides: tuple[str, ...], resume: str | None, workspace: Workspace) -> Recipe:
@@ -91,8 +102,8 @@ def _print_plan(plan: TrainingPlan, *, as_json: bool) -> None:
     print_table(("what", "how much"), rows, title="Plan")
 
 
-def _print_result(run: Run, *, as_json: bool) -> None:
-    summary: dict[str, Any] = {"run": run.id, "status": run.status, **run.summary}
+def _print_result(run: Run, facts: dict[str, Any], *, as_json: bool) -> None:
+    summary: dict[str, Any] = {"run": run.id, "status": run.status, **run.summary, **facts}
     if as_json:
         print_json(summary)
         return
@@ -102,8 +113,16 @@ def _print_result(run: Run, *, as_json: bool) -> None:
             shown.append((label, f"{summary[key]:.4f}"))
     if summary.get("tokens_per_second") is not None:
         shown.append(("speed", f"{summary['tokens_per_second']:,.0f} tokens/s, MFU {summary['mfu']:.1%}"))
+    scores = summary.get("evaluation", {})
+    if "bits_per_byte" in scores:
+        beside = f"{scores['bits_per_byte']:.4f} (xz -9: {scores['xz_bits_per_byte']:.4f})"
+        shown.append(("bits per byte", beside))
     shown.append(("model", summary["model_dir"]))
     if summary.get("version"):
         shown.append(("registered as", summary["version"]))
+    if "parity" in summary:
+        shown.append(("parity gate", "passed" if summary["parity"]["passed"] else "FAILED"))
+    if summary.get("aliases"):
+        shown.append(("aliases", ", ".join(summary["aliases"])))
     print_table(("result", ""), shown)
     note(f"try it: hearth generate {summary.get('version') or summary['model_dir']} 'Once upon a time'")

@@ -54,7 +54,7 @@ class ModelSection(Section):
     )
     architecture: str = Field("qwen3", description="The model_type that `size` derives a shape for.")
     context_length: PositiveInt = Field(
-        1024, description="Longest sequence of a model built from scratch, in tokens."
+        1024, description="Longest sequence of a model built from `size`, in tokens."
     )
     adapter: AdapterSection | None = Field(None, description="Train a LoRA adapter instead of all weights.")
 
@@ -212,7 +212,7 @@ class TrackSection(Section):
 
 
 class EvaluateSection(Section):
-    """What is measured after training."""
+    """What `hearth train` measures when the run has ended."""
 
     bits_per_byte: bool = Field(True, description="Bits per byte on the held-out documents.")
     parity: bool = Field(True, description="Run the parity gate on the registered version.")
@@ -224,8 +224,17 @@ class RegisterSection(Section):
     """The model version that the job leaves behind."""
 
     name: str | None = Field(None, description="Name in the registry; without it nothing is registered.")
-    aliases: tuple[str, ...] = Field((), description="Aliases to set once the parity gate has passed.")
+    aliases: tuple[str, ...] = Field(
+        (), description="Aliases that `hearth train` sets once the parity gate has passed."
+    )
     tags: dict[str, str] = Field(default_factory=dict, description="Tags of the version.")
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        for key in ("aliases", "tags"):
+            if getattr(self, key) and self.name is None:
+                raise ValueError(f"{key} needs name: without one nothing is registered")
+        return self
 
 
 class Recipe(Section):
@@ -260,5 +269,9 @@ class Recipe(Section):
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is longer than model.context_length "
                 f"{self.model.context_length}"
+            )
+        if self.register_.aliases and not self.evaluate.parity:
+            raise ValueError(
+                "register.aliases needs evaluate.parity: aliases are set once the gate has passed"
             )
         return self

@@ -262,6 +262,7 @@ class Session:
             "precision": trainer.precision,
             "device": str(trainer.device),
             "dataset_fingerprint": trainer.dataset_fingerprint,
+            "dataset_dir": trainer.dataset_dir,
             "last_checkpoint": self._last_saved.name
             if self._last_saved
             else run.summary.get("last_checkpoint"),

@@ -120,6 +120,8 @@ class Trainer:
         self.rows = rows
         self.eval_rows = as_rows(eval_dataset, split="validation", **options)
         self.dataset_fingerprint = fingerprint_of(train_dataset, rows)
+        directory = getattr(train_dataset, "path", None)
+        self.dataset_dir = None if directory is None else str(directory)
         self.total_steps = resolve_steps(
             steps=section.steps, epochs=section.epochs, rows=len(rows), batch_size=section.batch_size
         )
@@ -220,7 +222,9 @@ class Trainer:
         """Train to the end and return the run; its summary has the figures and the paths.
 
         Raises Interrupted after Ctrl-C (a checkpoint is saved), NonFiniteError before the optimizer sees a
-        NaN, StorageError when a checkpoint cannot be written. The run records how it ended.
+        NaN, StorageError when a checkpoint cannot be written. The run records how it ended. With
+        ``register.name`` the result is registered; the ``evaluate`` section and ``register.aliases`` are the
+        work of `hearth train`, here call ``hearth.evaluation`` and ``workspace.registry.promote``.
         """
         from hearth.training.session import Session
 

@@ -1,0 +1,82 @@
+"""What a recipe asks for once its run has ended: evaluation, the parity gate, aliases.
+
+Evaluation lies above training in the layers, so `hearth train` does this and ``Trainer.fit`` does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hearth.cli.output import note, progress_bar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hearth.config import Recipe
+    from hearth.workspace import Run, Workspace
+
+
+def after_training(run: Run, recipe: Recipe, workspace: Workspace, *, quiet: bool = False) -> dict[str, Any]:
+    """Do what the sections ``evaluate`` and ``register`` ask for; facts for the printed summary.
+
+    ``evaluation`` holds the scores on the held-out documents, ``parity`` the verdict on the registered
+    version, ``aliases`` those that now point to it: none unless the gate has passed.
+    """
+    facts: dict[str, Any] = {}
+    version = run.summary.get("version")
+    if recipe.evaluate.bits_per_byte:
+        report = _evaluate(version or run.summary["model_dir"], run, workspace, quiet=quiet)
+        if report is not None:
+            facts["evaluation"] = report
+    if version is not None and recipe.evaluate.parity:
+        facts["parity"] = _run_gate(version, recipe, workspace, quiet=quiet)
+    if version is not None:
+        facts["aliases"] = []
+        if facts.get("parity", {}).get("passed"):
+            for alias in recipe.register_.aliases:
+                workspace.registry.promote(version, alias)
+                facts["aliases"].append(alias)
+    return facts
+
+
+def _evaluate(model: str, run: Run, workspace: Workspace, *, quiet: bool) -> dict[str, Any] | None:
+    from hearth.data import Dataset
+    from hearth.evaluation import evaluate_model
+
+    directory = Path(run.summary["dataset_dir"])
+    if Dataset.open(directory).split("validation").num_documents == 0:
+        note("nothing was held out (data.validation_fraction is 0), so there is nothing to evaluate on")
+        return None
+    with _progress("scoring", "tokens", quiet=quiet) as advance:
+        return evaluate_model(model, workspace=workspace, dataset=directory, advance=advance)
+
+
+def _run_gate(version: str, recipe: Recipe, workspace: Workspace, *, quiet: bool) -> dict[str, Any]:
+    from hearth.evaluation import run_gate
+
+    section = recipe.evaluate
+    with _progress("parity gate", "prompts", quiet=quiet) as advance:
+        report = run_gate(
+            version,
+            workspace=workspace,
+            num_prompts=section.parity_prompts,
+            max_tokens=section.parity_tokens,
+            advance=advance,
+        )
+    if not report.passed:
+        note(report.render())
+        if aliases := ", ".join(recipe.register_.aliases):
+            note(f"the aliases {aliases} were not set: the parity gate has failed")
+    return {"passed": report.passed, "dtype": report.dtype, "num_prompts": len(report.prompts)}
+
+
+@contextmanager
+def _progress(title: str, unit: str, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    if quiet:
+        yield None
+        return
+    with progress_bar(title, unit=unit) as advance:
+        yield advance
