@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from hearth.data.tokenizer import DataTokenizer
 from hearth.engine import Completion, Engine
@@ -90,6 +92,101 @@ def test_stopping_where_training_would_go_on_fails(
     assert not report.passed
     assert report.prompts[0].first_difference == 2
     assert report.prompts[0].served_token == "(stopped)"
+
+
+def test_running_on_past_the_end_of_training_fails(
+    chat_model: Path, served: tuple[list[ParityPrompt], list[Completion]]
+) -> None:
+    prompts, completions = served
+    model = load_model(chat_model, dtype="float32")
+    first = completions[0]
+    # The engine did not know that this token ends a generation: it went on to max_tokens.
+    model.generation_config.eos_token_id = [first.token_ids[0]]
+    report = check(chat_model, prompts[:1], [first], model=model)
+    assert not report.passed
+    assert (report.prompts[0].first_difference, report.prompts[0].expected_token) == (1, "(stopped)")
+    for reason, passed in (("length", False), ("stop", True)):
+        ended = replace(
+            first,
+            token_ids=first.token_ids[:1],
+            logprobs=(first.logprobs or [])[:1],
+            finish_reason=reason,
+        )
+        assert check(chat_model, prompts[:1], [ended], model=model).passed is passed
+
+
+def test_a_stop_without_any_stop_token_fails_instead_of_crashing(
+    chat_model: Path, served: tuple[list[ParityPrompt], list[Completion]]
+) -> None:
+    prompts, completions = served
+    stopped = [replace(c, finish_reason="stop") for c in completions]
+    model = load_model(chat_model, dtype="float32")
+    report = check_continuations(
+        model, prompts, stopped, dtype="float32", stop_ids=frozenset(), max_tokens=MAX_TOKENS
+    )
+    assert not report.passed
+    assert {prompt.served_token for prompt in report.prompts} == {"(stopped)"}
+
+
+def test_a_log_probability_that_is_not_a_number_fails(
+    chat_model: Path, served: tuple[list[ParityPrompt], list[Completion]]
+) -> None:
+    prompts, completions = served
+    broken = [
+        replace(c, logprobs=[replace(entry, logprob=math.nan) for entry in c.logprobs or []])
+        for c in completions
+    ]
+    report = check(chat_model, prompts, broken)
+    assert not report.passed
+    assert all(prompt.tokens_equal for prompt in report.prompts)
+
+
+def test_a_prompt_that_the_model_cannot_take_fails(chat_model: Path) -> None:
+    tokenizer = load_tokenizer(chat_model)
+    prompts = make_prompts(
+        DataTokenizer.open(chat_model), tokenizer, num_prompts=1, max_prompt_tokens=100, vocab_size=260
+    )
+    assert {prompt.name for prompt in prompts} == {*TEXTS, *CONVERSATIONS}
+    assert not all(prompt.ids_equal for prompt in prompts)
+    assert all(max(prompt.served_ids) < 260 for prompt in prompts)
+
+
+def test_a_difference_beyond_the_cut_is_seen(chat_model: Path) -> None:
+    class Appending:
+        """A serving side that ends every text with one token more."""
+
+        def __init__(self) -> None:
+            self.tokenizer = load_tokenizer(chat_model)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.tokenizer, name)
+
+        def __call__(self, *args: object, **options: object) -> object:
+            encoded = self.tokenizer(*args, **options)
+            encoded["input_ids"] = [*encoded["input_ids"], 5]
+            return encoded
+
+    prompts = make_prompts(
+        DataTokenizer.open(chat_model), Appending(), num_prompts=1, max_prompt_tokens=4, vocab_size=10_000
+    )
+    cut = {prompt.name: prompt for prompt in prompts}["plain text"]
+    assert cut.trained_ids == cut.served_ids
+    assert not cut.ids_equal
+
+
+def test_a_folder_of_the_same_name_does_not_hide_a_version(
+    chat_model: Path, workspace_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "letters").mkdir()  # the texts that the model of that name was trained on
+    with Workspace.open() as workspace:
+        workspace.registry.create_version("letters", chat_model)
+        run_gate("letters", workspace=workspace, num_prompts=1, max_tokens=4)
+        assert workspace.registry.reports("letters@1", "parity")
+        # A model directory wins over a name, and the version gets no report for it.
+        shutil.copytree(chat_model, tmp_path / "letters", dirs_exist_ok=True)
+        run_gate("letters", workspace=workspace, num_prompts=1, max_tokens=4)
+        assert len(workspace.registry.reports("letters@1", "parity")) == 1
 
 
 def check(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hearth.evaluation.baselines import order0_bits_per_byte, xz_bits_per_byte
 from hearth.evaluation.scoring import score_documents
 from hearth.models import load_model, model_info
+from hearth.training import choose_device
 
 if TYPE_CHECKING:
     from hearth.data import TokenSplit
@@ -36,7 +37,7 @@ def score_text(directory: Path, split: TokenSplit, max_bytes: int) -> dict[str, 
         size += len(text.encode())
     data = "".join(texts).encode()
     score = score_documents(
-        load_model(directory),
+        load_model(directory, device=choose_device()),
         documents,
         num_bytes=len(data),
         context_length=model_info(directory).context_length,
@@ -56,6 +57,8 @@ def score_chat(directory: Path, split: TokenSplit, max_documents: int = 400) -> 
     indices = range(min(split.num_documents, max_documents))
     documents = [(split.tokens(index), split.loss_mask(index)) for index in indices]
     score = score_documents(
-        load_model(directory), documents, context_length=model_info(directory).context_length
+        load_model(directory, device=choose_device()),
+        documents,
+        context_length=model_info(directory).context_length,
     )
     return score.loss

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hearth.errors import DataError, NotFoundError
+from hearth.errors import DataError, InputError
 from hearth.evaluation.baselines import order0_bits_per_byte, xz_bits_per_byte
 from hearth.evaluation.parity import ParityReport, check_continuations, continue_greedily
 from hearth.evaluation.prompts import make_prompts
@@ -22,17 +22,13 @@ if TYPE_CHECKING:
 Advance = Callable[[int], None]
 
 
-def find_version(reference: str | Path, workspace: Workspace) -> ModelVersion | None:
-    """The registered version behind ``reference``, or None where it is a directory or a hub name."""
-    text = str(reference)
-    if text.startswith("hf:") or Path(text).is_dir():
-        return None
+def find_version(reference: str | Path, directory: Path, workspace: Workspace) -> ModelVersion | None:
+    """The registered version that ``reference`` led to ``directory`` by; None for paths and hub names."""
     try:
-        return workspace.registry.get(text)
-    except NotFoundError:
-        if "/" in text:
-            return None
-        raise
+        version = workspace.registry.get(str(reference))
+    except InputError:  # no name of the registry, nor one that could be
+        return None
+    return version if version.path == directory else None
 
 
 def find_dataset(version: ModelVersion | None, workspace: Workspace) -> Dataset | None:
@@ -62,34 +58,38 @@ def run_gate(
 ) -> ParityReport:
     """Run the parity gate on a model reference; the report of a registered version is kept with it.
 
-    ``dtype`` is the precision of serving; ``auto`` is the one in which the weights are stored. The engine
-    is closed before the training-side model is opened, so that both need not fit into memory together.
+    ``dtype`` is the precision of serving; ``auto`` is the one that the engine chooses by itself, and the
+    report names it. The engine is closed before the training-side model is opened, so that both need not
+    fit into memory together.
     """
     from hearth.data.tokenizer import DataTokenizer
     from hearth.engine import Engine
-    from hearth.models import load_model, model_info, resolve_reference
+    from hearth.models import load_model, resolve_reference
+    from hearth.training import choose_device
 
     directory = resolve_reference(reference, workspace)
-    version = find_version(reference, workspace)
-    dtype = model_info(directory).dtype if dtype == "auto" else dtype
-    documents = _held_out_texts(find_dataset(version, workspace), num_prompts)
+    version = find_version(reference, directory, workspace)
+    documents, conversations = _held_out(find_dataset(version, workspace), num_prompts)
+    tokenizer = DataTokenizer.open(directory)
     with Engine.load(directory, dtype=dtype) as engine:
+        dtype = engine.model_info["dtype"]
         prompts = make_prompts(
-            DataTokenizer.open(directory),
+            tokenizer,
             engine.tokenizer,
             documents=documents,
+            conversations=conversations,
             num_prompts=num_prompts,
             max_prompt_tokens=max(1, engine.max_model_len - max_tokens),
             vocab_size=engine.vocab_size,
         )
         completions = continue_greedily(engine, prompts, max_tokens=max_tokens)
-    model = load_model(directory, dtype=dtype)
+    model = load_model(directory, dtype=dtype, device=choose_device())
     report = check_continuations(
         model,
         prompts,
         completions,
         dtype=dtype,
-        stop_ids=generation_stop_ids(model),
+        stop_ids=generation_stop_ids(model, tokenizer.eos_id),
         max_tokens=max_tokens,
         advance=advance,
     )
@@ -98,23 +98,34 @@ def run_gate(
     return report
 
 
-def generation_stop_ids(model: Any) -> frozenset[int]:
-    """The ids at which transformers' own ``generate`` stops for this model."""
-    ids = model.generation_config.eos_token_id
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
+def generation_stop_ids(model: Any, eos_id: int | None = None) -> frozenset[int]:
+    """The ids at which a generation ends on the training side.
+
+    Those of transformers' own ``generate``; for a model that states none, the end token of its data.
+    """
+    for source in (model.generation_config, model.config.get_text_config()):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset([] if eos_id is None else [eos_id])
 
 
-def _held_out_texts(dataset: Dataset | None, num_documents: int) -> list[str]:
+def _held_out(dataset: Dataset | None, count: int) -> tuple[list[str], list[list[dict[str, Any]]]]:
+    """Up to ``count`` held-out texts, or as many held-out conversations up to their last answer."""
     if dataset is None:
-        return []
+        return [], []
     split = dataset.split("validation")
-    if split.is_chat:
-        return []
     # Spread over the split, so that the prompts come from different sources and lengths.
-    indices = np.linspace(0, split.num_documents - 1, num=min(num_documents, split.num_documents))
-    return [split.text(int(index)) for index in indices]
+    indices = np.linspace(0, split.num_documents - 1, num=min(count, split.num_documents)).astype(int)
+    if not split.is_chat:
+        return [split.text(int(index)) for index in indices], []
+    questions = [_question(split.messages(int(index))) for index in indices]
+    return [], [question for question in questions if question]
+
+
+def _question(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    return messages[:last]
 
 
 def evaluate_model(
@@ -135,9 +146,10 @@ def evaluate_model(
     """
     from hearth.data import Dataset
     from hearth.models import load_model, model_info, resolve_reference
+    from hearth.training import choose_device
 
     directory = resolve_reference(reference, workspace)
-    version = find_version(reference, workspace)
+    version = find_version(reference, directory, workspace)
     if texts:
         documents, data, source = _encode_files(directory, texts[:max_documents])
     else:
@@ -149,7 +161,7 @@ def evaluate_model(
             )
         documents, data, source = _read_split(opened_dataset, split, max_documents)
     score = score_documents(
-        load_model(directory, dtype=dtype),
+        load_model(directory, dtype=dtype, device=choose_device()),
         documents,
         num_bytes=len(data),
         context_length=model_info(directory).context_length,

@@ -17,6 +17,7 @@ Shapes: T tokens of prompt and continuation, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -127,7 +128,9 @@ def check_continuations(
     ``stop_ids`` end a generation on the training side. ``advance`` is called with 1 a prompt.
     """
     started = time.monotonic()
-    tolerance = TOLERANCE_NATS[dtype] if tolerance_nats is None else tolerance_nats
+    tolerance = (
+        TOLERANCE_NATS.get(dtype, TOLERANCE_NATS["float32"]) if tolerance_nats is None else tolerance_nats
+    )
     results = []
     for prompt, completion in zip(prompts, completions, strict=True):
         results.append(_check(model, prompt, completion, stop_ids, tolerance))
@@ -156,38 +159,42 @@ def _check(
     logprobs_TV = torch.log_softmax(logits_TV, dim=-1)
     served_logprobs = _chosen_logprobs(completion)
     num_ties, worst, first_difference, expected = 0, 0.0, None, None
-    # An engine may or may not hand out the stop token itself; where it does not, the training side must
-    # want a stop token at the position after the last served token.
     for position in range(len(served) + 1):
+        if position and served[position - 1] in stop_ids:
+            if position < len(served) or completion.finish_reason != "stop":
+                first_difference, expected = position, "(stopped)"  # serving ran on where training ends
+            break
         top = int(logprobs_TV[position].argmax())
         if position < len(served):
             accepted = {served[position]}
-            worst = max(
-                worst, abs(float(logprobs_TV[position, served[position]]) - served_logprobs[position])
-            )
-        elif completion.finish_reason == "stop" and (not served or served[-1] not in stop_ids):
+            difference = abs(float(logprobs_TV[position, served[position]]) - served_logprobs[position])
+            worst = max(worst, math.inf if math.isnan(difference) else difference)
+        elif completion.finish_reason != "length":
+            # An engine may or may not hand out the stop token itself; where it does not, the training side
+            # must want a stop token at the position after the last served token.
             accepted = set(stop_ids)
         else:
             break
         if top in accepted:
             continue
-        gap = float(logprobs_TV[position, top] - logprobs_TV[position, sorted(accepted)].max())
-        if gap <= tolerance:
+        best = max((float(logprobs_TV[position, token]) for token in accepted), default=-math.inf)
+        if float(logprobs_TV[position, top]) - best <= tolerance:
             num_ties += 1
             continue
-        first_difference, expected = position, top
+        first_difference, expected = position, prompt.show(top)
         break
     got = None
     if first_difference is not None:
         got = prompt.show(served[first_difference]) if first_difference < len(served) else "(stopped)"
+        got = "(went on)" if got == expected else got
     return PromptResult(
         name=prompt.name,
         num_prompt_tokens=num_prompt,
         num_new_tokens=len(served),
-        ids_equal=list(prompt.trained_ids) == list(prompt.served_ids),
+        ids_equal=prompt.ids_equal and prompt.trained_ids == prompt.served_ids,
         num_ties=num_ties,
         first_difference=first_difference,
-        expected_token=None if expected is None else prompt.show(expected),
+        expected_token=expected,
         served_token=got,
         max_logprob_difference=worst,
         note=prompt.note,

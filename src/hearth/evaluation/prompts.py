@@ -38,11 +38,15 @@ CONVERSATIONS: dict[str, list[dict[str, str]]] = {
 
 @dataclass(frozen=True)
 class ParityPrompt:
-    """A prompt as token ids of both sides; ``show`` turns a token id into text for the report."""
+    """A prompt as token ids of both sides; ``show`` turns a token id into text for the report.
+
+    ``ids_equal`` speaks of the whole prompt; the ids here may be cut to fit.
+    """
 
     name: str
     trained_ids: tuple[int, ...]
     served_ids: tuple[int, ...]
+    ids_equal: bool
     show: Callable[[int], str]
     note: str = ""
 
@@ -52,40 +56,52 @@ def make_prompts(
     served: Any,
     *,
     documents: Sequence[str] = (),
+    conversations: Sequence[list[dict[str, Any]]] = (),
     num_prompts: int,
     max_prompt_tokens: int,
     vocab_size: int,
 ) -> list[ParityPrompt]:
-    """At least ``num_prompts`` prompts of both sides for one model directory.
+    """Prompts of both sides for one model directory.
 
-    ``trained`` is the data pipeline's tokenizer, ``served`` the engine's (transformers). ``documents`` are
-    held-out texts; the built-in texts fill up what they leave open. Every built-in kind is always asked:
-    each stands for a way in which the two sides have differed in practice. Prompts longer than
-    ``max_prompt_tokens`` are cut, on both sides alike, after encoding.
+    ``trained`` is the data pipeline's tokenizer, ``served`` the engine's (transformers). Every built-in kind
+    is always asked: each stands for a way in which the two sides have differed in practice. Held-out
+    ``documents`` and ``conversations`` are added up to ``num_prompts``. Prompts longer than
+    ``max_prompt_tokens`` are cut, on both sides alike, after their ids were compared.
     """
     from hearth.models import encode_chat, encode_text
 
     prompts = []
 
     def add(name: str, trained_ids: Sequence[int], served_ids: Sequence[int]) -> None:
-        note = "cut to fit" if len(trained_ids) > max_prompt_tokens else ""
-        cut_trained, cut_served = (
-            tuple(trained_ids[:max_prompt_tokens]),
-            tuple(served_ids[:max_prompt_tokens]),
-        )
-        # An id that the model has no embedding for can be compared, but not computed with.
-        if cut_trained and max(*cut_trained, *cut_served, 0) < vocab_size:
+        ids_equal = list(trained_ids) == list(served_ids)
+        note = "cut to fit" if max(len(trained_ids), len(served_ids)) > max_prompt_tokens else ""
+        cut_trained, cut_served = trained_ids[:max_prompt_tokens], served_ids[:max_prompt_tokens]
+        if max(*trained_ids, *served_ids, 0) >= vocab_size:
+            # The engine refuses such a prompt, and the training side has no embedding for it either.
+            ids_equal, note = False, f"holds a token beyond the model's {vocab_size}"
+            cut_trained = cut_served = [min(token, vocab_size - 1) for token in cut_trained]
+        if trained_ids or served_ids:
+            # A side without any token cannot be computed; that the two differ is verdict enough.
             prompts.append(
-                ParityPrompt(name, cut_trained, cut_served, lambda token: trained.decode([token]), note)
+                ParityPrompt(
+                    name,
+                    tuple(cut_trained or cut_served),
+                    tuple(cut_served or cut_trained),
+                    ids_equal,
+                    lambda token: trained.decode([token]),
+                    note,
+                )
             )
 
     texts = dict(TEXTS)
-    for number, document in enumerate(documents[: max(0, num_prompts - len(texts))], start=1):
-        texts[f"held-out document {number}"] = document
+    asked = dict(CONVERSATIONS) if trained.chat_template else {}
+    room = max(0, num_prompts - len(texts) - len(asked))
+    texts |= {f"held-out document {n}": text for n, text in enumerate(documents[:room], start=1)}
+    if trained.chat_template:
+        asked |= {f"held-out question {n}": each for n, each in enumerate(conversations[:room], start=1)}
     for name, text in texts.items():
         add(name, trained.encode_prompt(text), encode_text(served, text))
-    if trained.chat_template:
-        for name, messages in CONVERSATIONS.items():
-            rendered, _ = trained.template.render(messages, add_generation_prompt=True)
-            add(name, trained.encode_rendered(rendered)[0], encode_chat(served, messages))
+    for name, messages in asked.items():
+        rendered, _ = trained.template.render(messages, add_generation_prompt=True)
+        add(name, trained.encode_rendered(rendered)[0], encode_chat(served, messages))
     return prompts
