@@ -28,7 +28,7 @@ def model_dir(tmp_path: Path) -> Path:
     """Enough of a model to be resolved; never loaded."""
     directory = tmp_path / "some-model"
     directory.mkdir()
-    (directory / "config.json").write_text('{"model_type": "llama"}')
+    (directory / "config.json").write_text('{"model_type": "llama", "dtype": "float32"}')
     (directory / "model.safetensors").write_bytes(b"not weights")
     return directory
 
@@ -118,8 +118,8 @@ def resolve(workspace_dir: Path):
     return run
 
 
-def report(passed: bool) -> dict[str, object]:
-    return {"passed": passed, "dtype": "float32"}
+def report(passed: bool, dtype: str = "float32") -> dict[str, object]:
+    return {"passed": passed, "dtype": dtype}
 
 
 def test_only_gated_versions_are_served(resolve, model_dir: Path) -> None:
@@ -156,12 +156,35 @@ def test_names_that_a_version_answers_to(resolve, model_dir: Path) -> None:
         assert (named.name, named.version, named.aliases) == ("canary", "qa@2", ("qa@latest",))
 
 
-def test_serving_in_another_precision_than_the_gate_is_noted(resolve, model_dir: Path) -> None:
+def test_a_verdict_holds_for_the_dtype_that_was_tested(resolve, model_dir: Path) -> None:
     with Workspace.open() as workspace:
         workspace.registry.create_version("qa", model_dir)
         workspace.registry.attach_report("qa@1", "parity", report(passed=True))
-        _, notes = resolve("qa", workspace=workspace, dtype="bfloat16")
-        assert any("passed the gate in float32" in note and "bfloat16" in note for note in notes)
+        resolve("qa", workspace=workspace, dtype="float32")
+        with pytest.raises(GateError, match="made in float32, and it would be served in bfloat16") as caught:
+            resolve("qa", workspace=workspace, dtype="bfloat16")
+        assert "hearth parity qa@1 --dtype bfloat16" in (caught.value.fix or "")
+        _, notes = resolve("qa", workspace=workspace, dtype="bfloat16", allow_ungated=True)
+        assert any("WARNING" in note and "bfloat16" in note for note in notes)
+        # The verdicts of two dtypes stand side by side.
+        workspace.registry.attach_report("qa@1", "parity", report(passed=False, dtype="bfloat16"))
+        assert resolve("qa", workspace=workspace)[1] == []
+        with pytest.raises(GateError, match="failed its last parity gate"):
+            resolve("qa", workspace=workspace, dtype="bfloat16")
+        workspace.registry.attach_report("qa@1", "parity", report(passed=True, dtype="bfloat16"))
+        assert resolve("qa", workspace=workspace, dtype="bfloat16")[1] == []
+
+
+def test_auto_means_the_stored_dtype(resolve, model_dir: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    with Workspace.open() as workspace:
+        workspace.registry.create_version("qa", model_dir)
+        workspace.registry.attach_report("qa@1", "parity", report(passed=True))
+        with pytest.raises(GateError, match="would be served in bfloat16"):
+            resolve("qa", workspace=workspace)
+        workspace.registry.attach_report("qa@1", "parity", report(passed=True, dtype="bfloat16"))
+        assert resolve("qa", workspace=workspace)[1] == []
 
 
 def test_a_damaged_version_is_not_served(resolve, model_dir: Path) -> None:

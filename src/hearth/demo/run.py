@@ -207,7 +207,7 @@ class Demo:
             "base": base.ref,
             "alias": ALIAS,
             "path": str(version.path),
-            "parameters": model_info(version.path).parameters,
+            "parameters": model_info(version.path).num_parameters,
             "runs": [chat_run.id, base_run.id],
             "workspace": str(self.workspace.root),
             "command": self.command,
@@ -217,14 +217,17 @@ class Demo:
 
     def gate(self, version: ModelVersion) -> None:
         from hearth.evaluation import run_gate
+        from hearth.models import model_info
 
-        passed = [
-            report for report in self.workspace.registry.reports(version.ref, "parity") if report.passed
+        dtype = model_info(version.path).dtype
+        made = [
+            report for report in self.workspace.registry.reports(version.ref, "parity") if not report.imported
         ]
-        if passed:
+        # The newest report decides, for the registry and for the server, and only in the dtype it is of.
+        if made and made[-1].passed and made[-1].report.get("dtype") == dtype:
             self.reused("parity report")
             self.say("reusing the parity report of this version: its weights are unchanged")
-            self.report.parity = passed[-1].report
+            self.report.parity = made[-1].report
         else:
             report = run_gate(version.ref, workspace=self.workspace)
             self.report.parity = report.to_dict()

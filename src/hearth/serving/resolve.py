@@ -1,7 +1,8 @@
 """From what the user asks to serve to directories that may be served: found, whole, and through the gate.
 
 The promise of a version is that it answers as it did in training, so a version of the registry is served only
-if its bytes match their hashes and its newest parity report, made here, has passed. A plain directory makes
+if its bytes match their hashes and its newest parity report, made here in the dtype that will be served, has
+passed. A plain directory makes
 no such promise; it is served with a note.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from hearth.config import ServedModel
 from hearth.errors import ConfigError, GateError, ModelError, NotFoundError
-from hearth.workspace import Workspace
+from hearth.workspace import ModelVersion, Workspace
 
 Note = Callable[[str], None]
 
@@ -96,17 +97,14 @@ def _check_directory(path: Path) -> None:
 def _version(entry: ServedModel, workspace: Workspace, allow_ungated: bool, note: Note) -> Resolved:
     registry = workspace.registry
     version = registry.verify(entry.model)
-    problem, gated_dtype = _gate(workspace, version.ref)
+    problem, fix = _gate(workspace, version, entry.dtype)
     if problem is not None:
         if not allow_ungated:
             raise GateError(
                 f"{version.ref} is not served: {problem}",
-                fix=f"run `hearth parity {version.ref}`, or serve it anyway with --allow-ungated",
+                fix=f"run `{fix}`, or serve it anyway with --allow-ungated",
             )
         note(f"WARNING: serving {version.ref} although {problem}: its answers may differ from training")
-    asked = entry.dtype
-    if problem is None and asked not in (None, "auto", gated_dtype):
-        note(f"WARNING: {version.ref} passed the gate in {gated_dtype}, and you serve it in {asked}")
     name = entry.name or version.name
     names = [version.name, version.ref, *(f"{version.name}@{alias}" for alias in version.aliases)]
     if version.version == max(known.version for known in registry.list(version.name)):
@@ -117,11 +115,25 @@ def _version(entry: ServedModel, workspace: Workspace, allow_ungated: bool, note
     return Resolved(name, version.ref, aliases, version.path, entry)
 
 
-def _gate(workspace: Workspace, ref: str) -> tuple[str | None, str | None]:
-    """Why the gate is shut (None: it is open), and the dtype of the report that opened it."""
-    reports = [report for report in workspace.registry.reports(ref, "parity") if not report.imported]
+def _gate(workspace: Workspace, version: ModelVersion, asked: str) -> tuple[str | None, str]:
+    """Why the gate is shut to serving in the dtype ``asked`` (None: it is open), and the command to run.
+
+    A verdict holds for the dtype that was tested; the newest one for the dtype that will be served counts.
+    """
+    dtypes: set[str | None] = {asked}
+    fix = f"hearth parity {version.ref} --dtype {asked}"
+    if asked == "auto":
+        dtypes, fix = {version.facts.get("dtype")}, f"hearth parity {version.ref}"
+        if dtypes == {"float16"}:
+            dtypes.add("float32")  # what the engine makes of stored float16 where it runs on a CPU
+    reports = [report for report in workspace.registry.reports(version.ref, "parity") if not report.imported]
     if not reports:
-        return "it has no parity report made in this workspace", None
-    if not reports[-1].passed:
-        return f"it failed its last parity gate ({reports[-1].created_at:%F %T})", None
-    return None, reports[-1].report.get("dtype")
+        return "it has no parity report made in this workspace", fix
+    # A config.json that names no dtype leaves it to the weights: then the newest verdict has to do.
+    fitting = [report for report in reports if dtypes == {None} or report.report.get("dtype") in dtypes]
+    if not fitting:
+        made, wanted = reports[-1].report.get("dtype"), " or ".join(sorted(map(str, dtypes)))
+        return f"its parity report was made in {made}, and it would be served in {wanted}", fix
+    if not fitting[-1].passed:
+        return f"it failed its last parity gate ({fitting[-1].created_at:%F %T})", fix
+    return None, fix
