@@ -92,6 +92,21 @@ def test_nothing_to_evaluate_on(hearth: Callable[..., Any], workspace_dir: Path,
     assert "give --text FILE or --dataset DIRECTORY" in outcome.err
 
 
+@pytest.mark.parametrize(("option", "value"), [("--tokens", "0"), ("--prompts", "-1"), ("--dtype", "int4")])
+def test_a_gate_of_nothing_is_refused(
+    hearth: Callable[..., Any], workspace_dir: Path, model: Path, option: str, value: str
+) -> None:
+    outcome = hearth("parity", model, option, value)
+    assert outcome.code == 2
+    assert value in outcome.err
+
+
+def test_a_pipe_gets_no_progress(
+    hearth: Callable[..., Any], workspace_dir: Path, model: Path, text_file: Path
+) -> None:
+    assert hearth("eval", model, "--text", text_file).err == ""
+
+
 @pytest.mark.parametrize("verb", ["eval", "parity"])
 def test_an_unknown_model(hearth: Callable[..., Any], workspace_dir: Path, verb: str) -> None:
     outcome = hearth(verb, "nobody")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -11,11 +12,18 @@ import click
 from hearth.cli.output import error_console, print_json
 
 
+def _finite(_context: click.Context, _option: click.Parameter, minutes: float | None) -> float | None:
+    if minutes is not None and math.isnan(minutes):  # compares false with every bound
+        raise click.BadParameter("nan is not a number of minutes")
+    return minutes
+
+
 @click.command()
 @click.option(
     "--minutes",
     default=None,
-    type=click.FloatRange(min=0.05),
+    type=click.FloatRange(min=0.05, max=100_000),
+    callback=_finite,
     help="Minutes of training; the other stages take about two more. [default: 3.5]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")

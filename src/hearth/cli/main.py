@@ -82,6 +82,13 @@ def main(args: list[str] | None = None) -> None:
         # The reader of a pipe went away (`hearth runs list | head`): nothing is wrong on our side.
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        # What the system refuses, such as a file without permission, is no bug of ours.
+        if debug:
+            traceback.print_exc()
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {where}{error.strerror or error}", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def progress_bar(title: str, *, unit: str, total: int | None = None) -> Iterator
         TextColumn("{task.completed:,} {task.fields[unit]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=error_console(), transient=True) as progress:
+    console = error_console()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total, unit=unit)
         yield lambda count: progress.advance(task, count)

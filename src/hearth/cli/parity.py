@@ -12,8 +12,14 @@ from hearth.cli.output import print_json, progress_bar
 @click.command()
 @click.argument("model")
 @click.option("--dtype", default="auto", show_default=True, help="Precision that is tested: that of serving.")
-@click.option("--prompts", "num_prompts", default=16, show_default=True, help="Number of prompts.")
-@click.option("--tokens", "max_tokens", default=32, show_default=True, help="Greedy tokens of each prompt.")
+@click.option(
+    "--prompts", "num_prompts", type=click.IntRange(min=1), default=16, show_default=True,
+    help="Number of prompts; the built-in ones are always asked, held-out ones fill up.",
+)  # fmt: skip
+@click.option(
+    "--tokens", "max_tokens", type=click.IntRange(min=1), default=32, show_default=True,
+    help="Greedy tokens of each prompt.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
 def parity(model: str, dtype: str, num_prompts: int, max_tokens: int, as_json: bool) -> None:
     """Check that MODEL answers the same through the serving engine as it did in training.
