@@ -19,9 +19,13 @@ if TYPE_CHECKING:
 @click.argument("prompt")
 @click.option("--max-tokens", type=int, default=128, show_default=True, help="Tokens to generate at most.")
 @click.option("--temperature", type=float, default=0.7, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep the likeliest tokens of this mass.")
+@click.option(
+    "--top-p", type=float, default=1.0, show_default=True, help="Keep the likeliest tokens of this mass."
+)
 @click.option("--top-k", type=int, default=0, show_default=True, help="Keep this many tokens; 0 is off.")
-@click.option("--min-p", type=float, default=0.0, show_default=True, help="Drop tokens below this share of the best.")
+@click.option(
+    "--min-p", type=float, default=0.0, show_default=True, help="Drop tokens below this share of the best."
+)
 @click.option("--seed", type=int, help="Makes the answer reproducible.")
 @click.option("--stop", multiple=True, help="End at this text; may be given several times.")
 @click.option("--n", type=int, default=1, show_default=True, help="How many completions.")
