@@ -40,7 +40,26 @@ def test_rates_are_measured() -> None:
 def test_what_is_missing_comes_with_its_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    found = doctor.findings(free_bytes=1 << 20, home=tmp_path)
-    assert {item.subject for item in found if item.status == "missing"} == {"disk"}
-    assert {item.subject for item in found if item.status == "note"} == {"C++ compiler", *doctor.OPTIONAL}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = doctor.findings(free_bytes=1 << 20, home=tmp_path, num_gpus=1)
+    assert {item.subject for item in found if item.status == "missing"} == {"disk", "GPU"}
+    notes = {item.subject for item in found if item.status == "note"}
+    assert notes == {"C++ compiler", "numba", *doctor.OPTIONAL}
     assert all(item.fix for item in found if item.status != "ok")
+
+
+def test_a_driver_without_a_gpu_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert "GPU" not in {item.subject for item in doctor.findings(1 << 40, tmp_path, num_gpus=0)}
+
+
+def test_a_workspace_that_cannot_be_one(
+    hearth: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("HEARTH_HOME", str(tmp_path / "file"))
+    findings = hearth("doctor", "--quick", "--json").json["findings"]
+    (workspace,) = [finding for finding in findings if finding["subject"] == "workspace"]
+    assert workspace["status"] == "missing"
+    assert workspace["detail"] == f"{tmp_path / 'file'} is not a folder"

@@ -30,6 +30,8 @@ def test_cpuinfo_of_other_machines(tmp_path: Path) -> None:
     ("script", "expected"),
     [
         ("echo 'NVIDIA H100 80GB HBM3, 81559, 570.1'", [("NVIDIA H100 80GB HBM3", 81559 << 20, "570.1")]),
+        ("echo 'NVIDIA GB10, [N/A], 580.95'", [("NVIDIA GB10", 0, "580.95")]),
+        ("echo 'No devices were found'", []),
         ("echo broken >&2; exit 9", []),
     ],
 )

@@ -54,10 +54,11 @@ def doctor(as_json: bool, quick: bool) -> None:
 def examine(*, measure: bool = True) -> dict[str, Any]:
     """The whole report as plain data."""
     from hearth.telemetry.hardware import find_hardware
+    from hearth.workspace.workspace import workspace_root
 
     hardware = find_hardware()
     gpus = ", ".join(f"{gpu.name} ({gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in hardware.gpus)
-    home = Path(os.environ.get("HEARTH_HOME", ".hearth")).absolute()
+    home = workspace_root()
     free = shutil.disk_usage(_nearest_existing(home)).free
     return {
         "machine": {
@@ -72,7 +73,7 @@ def examine(*, measure: bool = True) -> dict[str, Any]:
         "measured": measure_rates() if measure else {},
         "versions": {name: _version(name) for name in PACKAGES},
         "hearth will use": choices(),
-        "findings": [asdict(finding) for finding in findings(free, home)],
+        "findings": [asdict(finding) for finding in findings(free, home, num_gpus=len(hardware.gpus))],
     }
 
 
@@ -117,7 +118,7 @@ def _best_seconds(work: Any, tries: int = 7) -> float:
 
 
 def choices() -> dict[str, str]:
-    """What Hearth picks on this machine by itself, from the functions that do the picking."""
+    """What Hearth picks on this machine by itself."""
     import torch
 
     from hearth.training import choose_device, choose_precision
@@ -132,7 +133,7 @@ def choices() -> dict[str, str]:
     }
 
 
-def findings(free_bytes: int, home: Path) -> list[Finding]:
+def findings(free_bytes: int, home: Path, *, num_gpus: int) -> list[Finding]:
     """The checks, each with its fix."""
     import torch
 
@@ -144,18 +145,23 @@ def findings(free_bytes: int, home: Path) -> list[Finding]:
         )
     else:
         result.append(Finding("ok", "disk", f"{free_bytes / 2**30:.0f} GiB free"))
-    writable = os.access(_nearest_existing(home), os.W_OK)
-    result.append(
-        Finding("ok", "workspace", f"{home} is writable")
-        if writable
-        else Finding(
-            "missing", "workspace", f"{home} is not writable", "set HEARTH_HOME to a folder of yours"
-        )
+    nearest = _nearest_existing(home)
+    problem = (
+        "not a folder" if not nearest.is_dir() else "" if os.access(nearest, os.W_OK) else "not writable"
     )
-    has_driver = shutil.which("nvidia-smi") is not None
-    if has_driver and not torch.cuda.is_available():
-        fix = "install a CUDA build of torch"
-        result.append(Finding("missing", "GPU", "a driver is here, but this torch cannot use it", fix))
+    result.append(
+        Finding("missing", "workspace", f"{nearest} is {problem}", "set HEARTH_HOME to a folder of yours")
+        if problem
+        else Finding("ok", "workspace", f"{home} is writable")
+    )
+    if num_gpus and not torch.cuda.is_available():
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+        detail = f"the driver shows {num_gpus}, but this torch, built for {build}, cannot use any"
+        fix = "install a torch built for a CUDA version that the driver knows (`nvidia-smi` shows it)"
+        result.append(Finding("missing", "GPU", detail, fix))
+    if not torch.cuda.is_available() and importlib.util.find_spec("numba") is None:
+        detail = "attention on the CPU runs in torch, which is slower"
+        result.append(Finding("note", "numba", detail, "pip install numba"))
     compiler = shutil.which("g++") or shutil.which("clang++")
     result.append(
         Finding("ok", "C++ compiler", compiler)

@@ -102,6 +102,8 @@ def _find_gpus() -> list[Gpu]:
         return []
     gpus = []
     for line in result.stdout.splitlines() if result.returncode == 0 else []:
-        name, memory_mib, driver = (cell.strip() for cell in line.split(","))
-        gpus.append(Gpu(name, int(memory_mib) << 20, driver))
+        cells = [cell.strip() for cell in line.rsplit(",", 2)]
+        if len(cells) == 3:  # anything else is a message, not a GPU
+            # A GPU that shares the machine's memory has "[N/A]" of its own.
+            gpus.append(Gpu(cells[0], int(cells[1]) << 20 if cells[1].isdigit() else 0, cells[2]))
     return gpus
