@@ -84,7 +84,7 @@ def test_dry_run_trains_nothing(
 ) -> None:
     assert call(str(recipe), "--dry-run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["parameters"] == pytest.approx(100_000, rel=0.03)
+    assert plan["num_parameters"] == pytest.approx(100_000, rel=0.03)
     assert plan["steps"] == 6
     assert plan["tokens_per_step"] == 128
     assert not list((workspace_dir / "runs").glob("*"))

@@ -75,7 +75,7 @@ def test_dtype(model_dir: Path) -> None:
 def test_info_reads_no_weights(model_dir: Path, model: PreTrainedModel) -> None:
     info = model_info(model_dir)
     assert (info.model_type, info.dtype, info.context_length) == ("qwen3", "float32", 128)
-    assert info.parameters == num_parameters(model)
+    assert info.num_parameters == num_parameters(model)
     assert info.has_chat_template
 
 

@@ -329,7 +329,7 @@ def test_lora_trains_the_adapter_alone_and_merges(train_parts: MakeTrainer, base
         train={"steps": 12, "learning_rate": 2e-2},
     )
     plan = trainer.plan()
-    assert 0 < plan.trainable_parameters < plan.parameters / 4
+    assert 0 < plan.num_trainable_parameters < plan.num_parameters / 4
     run = trainer.fit()
     merged = load_model(run.dir / "model")
     assert not any("lora" in name for name, _ in merged.named_parameters())
@@ -558,8 +558,8 @@ def test_fit_leaves_the_random_state_of_the_process(train_parts: MakeTrainer) ->
 
 def test_plan(train_parts: MakeTrainer) -> None:
     plan = train_parts(train={"steps": None, "epochs": 2.0}).plan()
-    assert plan.steps == math.ceil(2.0 * plan.rows / 4)
+    assert plan.steps == math.ceil(2.0 * plan.num_rows / 4)
     assert plan.tokens_per_step == 4 * 32
     assert plan.epochs >= 2.0
-    assert plan.memory_bytes > plan.parameters * 16
+    assert plan.memory_bytes > plan.num_parameters * 16
     assert json.dumps(plan.as_dict())

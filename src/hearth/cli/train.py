@@ -90,10 +90,11 @@ def _print_plan(plan: TrainingPlan, *, as_json: bool) -> None:
     rows: list[tuple[str, str]] = [
         (
             "model",
-            f"{plan.architecture}, {plan.parameters:,} parameters, {plan.trainable_parameters:,} train",
+            f"{plan.architecture}, {plan.num_parameters:,} parameters, "
+            f"{plan.num_trainable_parameters:,} of them train",
         ),
         ("dataset", plan.dataset),
-        ("rows", f"{plan.rows:,} of {plan.sequence_length} tokens; {plan.eval_rows:,} held out"),
+        ("rows", f"{plan.num_rows:,} of {plan.sequence_length} tokens; {plan.num_eval_rows:,} held out"),
         ("steps", f"{plan.steps:,} of {plan.batch_size} rows (micro-batches of {plan.micro_batch_size})"),
         ("tokens", f"{plan.total_tokens:,} with padding: {plan.epochs:.2f} epochs"),
         ("arithmetic", f"{plan.precision} on {plan.device}, {plan.flops_per_token:.3g} FLOP per token"),

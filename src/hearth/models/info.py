@@ -28,7 +28,7 @@ class ModelInfo:
     path: str
     architecture: str
     model_type: str
-    parameters: int | None  # None when the weights are not safetensors
+    num_parameters: int | None  # None when the weights are not safetensors
     dtype: str
     context_length: int | None
     vocab_size: int | None
@@ -59,7 +59,7 @@ def model_info(path: Path | str) -> ModelInfo:
         path=str(directory),
         architecture=str(architectures[0]),
         model_type=config.model_type,
-        parameters=sum(sizes.values()) or None,
+        num_parameters=sum(sizes.values()) or None,
         dtype=_SAFETENSORS_DTYPES.get(stored, stored.lower() or str(getattr(config, "dtype", "unknown"))),
         context_length=getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None),
         vocab_size=getattr(text, "vocab_size", None),

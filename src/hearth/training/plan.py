@@ -20,10 +20,10 @@ class TrainingPlan:
 
     objective: str
     architecture: str
-    parameters: int
-    trainable_parameters: int
-    rows: int
-    eval_rows: int
+    num_parameters: int
+    num_trainable_parameters: int
+    num_rows: int
+    num_eval_rows: int
     sequence_length: int
     steps: int
     batch_size: int

@@ -135,13 +135,13 @@ class Session:
         plan = self.trainer.plan()
         start = f"going on from step {self.trainer.state.step}, " if self.trainer.state.step else ""
         self.progress.say(
-            f"run {run.id}: {start}{plan.parameters / 1e6:.2f} M parameters"
+            f"run {run.id}: {start}{plan.num_parameters / 1e6:.2f} M parameters"
             + (
-                f" ({plan.trainable_parameters / 1e6:.2f} M train)"
-                if plan.trainable_parameters != plan.parameters
+                f" ({plan.num_trainable_parameters / 1e6:.2f} M train)"
+                if plan.num_trainable_parameters != plan.num_parameters
                 else ""
             )
-            + f", {plan.rows} rows of {plan.sequence_length} tokens, {plan.steps} steps of "
+            + f", {plan.num_rows} rows of {plan.sequence_length} tokens, {plan.steps} steps of "
             f"{plan.batch_size} rows ({plan.epochs:.2f} epochs), {plan.precision} on {plan.device}"
         )
 
@@ -258,7 +258,7 @@ class Session:
             "peak_flops": self._peak,
             "train_seconds": self._train_seconds,
             "peak_memory_bytes": peak_memory_bytes(trainer.device),
-            "parameters": num_parameters(trainer.model),
+            "num_parameters": num_parameters(trainer.model),
             "precision": trainer.precision,
             "device": str(trainer.device),
             "dataset_fingerprint": trainer.dataset_fingerprint,
