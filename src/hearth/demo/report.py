@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.markup import escape
+
+WIDTH = 80  # of the page; only paths may be longer
+LONGER_MINUTES = 30
 
 
 @dataclass
@@ -47,7 +51,7 @@ class DemoReport:
 
 
 def render(report: DemoReport) -> str:
-    """The summary page, in rich's markup, at most 100 columns wide."""
+    """The summary page, in rich's markup, 80 columns wide."""
     lines = [_rule(f"hearth demo: {_clock(report.total_seconds)}, nothing left this machine")]
     for title, body in (
         ("What was made", _made(report)),
@@ -62,7 +66,7 @@ def render(report: DemoReport) -> str:
 
 
 def _rule(text: str) -> str:
-    return f"[bold]━━ {escape(text)} {'━' * max(0, 94 - len(text))}[/bold]"
+    return f"[bold]━━ {escape(text)} {'━' * max(0, WIDTH - 4 - len(text))}[/bold]"
 
 
 def _clock(seconds: float) -> str:
@@ -73,15 +77,16 @@ def _made(report: DemoReport) -> list[str]:
     corpus, chat, version = report.corpus, report.chat_corpus, report.version
     pretrain, teach = report.training["pretrain"], report.training["chat"]
     return [
-        f"corpus     {corpus['num_documents']:,} documents, {corpus['num_bytes'] / 1e6:.1f} MB: source and "
-        f"docstrings of Python {corpus['python']}'s library,",
-        f"           {corpus['num_held_out']:,} of them held out, by module",
+        f"corpus     {corpus['num_documents']:,} documents, {corpus['num_bytes'] / 1e6:.1f} MB, "
+        f"{corpus['num_held_out']:,} of them held out, by module:",
+        f"           source and docstrings of the library of Python {corpus['python']}",
         f"tokenizer  byte-level BPE of {corpus['vocab_size']:,} tokens, {corpus['bytes_per_token']:.2f} "
         "bytes a token",
         f"model      {version['parameters'] / 1e6:.1f} M parameters, from random weights, on "
-        f"{pretrain['num_tokens'] / 1e6:.2f} M tokens ({pretrain['epochs']:.1f} passes)",
-        f"           then taught to answer on {chat['num_documents']:,} questions "
-        f"({teach['epochs']:.1f} passes), {chat['num_held_out']:,} held out",
+        f"{pretrain['num_tokens'] / 1e6:.2f} M tokens",
+        f"           ({pretrain['epochs']:.1f} passes), then taught to answer on "
+        f"{chat['num_documents']:,} questions",
+        f"           ({teach['epochs']:.1f} passes), {chat['num_held_out']:,} more held out",
         f"version    {version['ref']}, alias {version['alias']}",
     ]
 
@@ -92,10 +97,11 @@ def _quality(report: DemoReport) -> list[str]:
     verdict = (
         f"better than xz by {100 * (1 - model / xz):.0f} %"
         if model < xz
-        else f"behind xz by {100 * (model / xz - 1):.0f} %: more minutes help, `hearth demo --minutes 30`"
+        else f"behind xz by {100 * (model / xz - 1):.0f} %; more minutes help"
     )
     parity = report.parity
-    same = sum(1 for prompt in parity["prompts"] if prompt["first_difference"] is None)
+    same = sum(prompt["first_difference"] is None for prompt in parity["prompts"])
+    ties = sum(prompt["num_ties"] for prompt in parity["prompts"])
     loss = report.chat_loss
     return [
         f"bits per byte on {held_out['num_bytes'] / 1e3:,.0f} kB of held-out modules (smaller is better)",
@@ -103,10 +109,11 @@ def _quality(report: DemoReport) -> list[str]:
         f"    xz -9           {xz:.3f}",
         f"    order-0 model   {held_out['order0_bits_per_byte']:.3f}",
         "    (neither the model's weights nor the xz program is counted)",
-        f"answers to held-out questions: loss {loss['before']:.2f} nats a token before teaching, "
+        f"answers to held-out questions: {loss['before']:.2f} nats a token before teaching, "
         f"{loss['after']:.2f} after",
-        f"parity gate {'passed' if parity['passed'] else 'FAILED'}: serving gave the same tokens as training "
-        f"on {same} of {len(parity['prompts'])} prompts",
+        f"parity gate {'passed' if parity['passed'] else 'FAILED'}: serving gives the tokens of training on "
+        f"{same} of {len(parity['prompts'])} prompts",
+        *([f"    (rounding decided {ties} near ties between two tokens)"] if ties else []),
     ]
 
 
@@ -115,19 +122,19 @@ def _answers(report: DemoReport) -> list[str]:
     for answer in report.answers:
         kind = "held-out module" if answer.held_out else "seen in training"
         lines += [
-            f"[bold]Q[/bold] {escape(answer.question)}  [dim]({kind})[/dim]",
-            f"[bold]A[/bold] {escape(_one_line(answer.text))}",
-            f"[dim]  the documentation: {escape(_one_line(answer.expected))}[/dim]",
+            f"[bold]Q[/bold] {escape(_one_line(answer.question, 56))}  [dim]({kind})[/dim]",
+            f"[bold]A[/bold] {escape(_one_line(answer.text)) or '[dim](nothing)[/dim]'}",
+            f"[dim]  docs: {escape(_one_line(answer.expected, 70))}[/dim]",
         ]
     parameters = report.version["parameters"] / 1e6
-    lines.append(
-        f"[dim]A model of {parameters:.1f} M parameters that trained for minutes has learned the form of an "
-        "answer more than the facts.[/dim]"
-    )
+    lines += [
+        f"[dim]A model of {parameters:.1f} M parameters that trained for minutes has learned[/dim]",
+        "[dim]the form of an answer more than the facts.[/dim]",
+    ]
     return lines
 
 
-def _one_line(text: str, width: int = 84) -> str:
+def _one_line(text: str, width: int = 76) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= width else flat[: width - 1] + "…"
 
@@ -136,37 +143,42 @@ def _speed(report: DemoReport) -> list[str]:
     lines = []
     for name, label in (("pretrain", "pretraining"), ("chat", "teaching")):
         stage = report.training[name]
-        lines.append(
-            f"{label:12} {stage['tokens_per_second']:,.0f} tokens/s, MFU {100 * stage['mfu']:.0f} %, "
-            f"{stage['steps']} steps"
-        )
+        speed = f"{stage['steps']} steps"  # a run that was interrupted at its end measured no more
+        if stage["tokens_per_second"] is not None:
+            speed = f"{stage['tokens_per_second']:,.0f} tokens/s, MFU {100 * stage['mfu']:.0f} %, {speed}"
+        lines.append(f"{label:12} {speed}")
     serving = report.serving
     lines.append(
         f"{'serving':12} first token after {1000 * serving['first_token_seconds']:.0f} ms, then "
         f"{serving['tokens_per_second']:,.0f} tokens/s for one request"
     )
     stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in report.seconds.items())
-    lines.append(f"[dim]seconds by stage: {escape(stages)}[/dim]")
+    remarks = [f"seconds by stage: {stages}"]
     if report.reused:
-        lines.append(f"[dim]reused from an earlier demo: {escape(', '.join(report.reused))}[/dim]")
+        remarks.append(f"reused from an earlier demo: {', '.join(report.reused)}")
+    for remark in remarks:
+        wrapped = textwrap.wrap(remark, WIDTH - 2, subsequent_indent="    ")
+        lines += [f"[dim]{escape(line)}[/dim]" for line in wrapped]
     return lines
 
 
 def _places(report: DemoReport) -> list[str]:
     return [
-        f"model directory (Hugging Face format)  {escape(report.version['path'])}",
-        f"runs                                   {escape(', '.join(report.version['runs']))}",
-        f"workspace                              {escape(report.version['workspace'])}",
+        f"workspace  {escape(report.version['workspace'])}",
+        f"model      {escape(report.version['path'])}",
+        "           (a Hugging Face directory)",
+        f"runs       {escape(', '.join(report.version['runs']))}",
     ]
 
 
 def _next(report: DemoReport) -> list[str]:
     reference = f"{report.version['name']}@{report.version['alias']}"
-    hearth = report.version["command"]
+    hearth = escape(report.version["command"])
+    longer = [f"{hearth} demo --minutes {LONGER_MINUTES}"] if report.minutes < LONGER_MINUTES else []
     return [
         f"{hearth} chat {reference}",
         f"{hearth} serve {reference} --port 8000",
         f"{hearth} lineage {reference}",
         f"{hearth} runs show {report.version['runs'][0]}",
-        f"{hearth} demo --minutes 30",
+        *longer,
     ]
