@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -89,6 +90,28 @@ def test_same_step_twice_and_discarding_later_ones(tmp_path: Path) -> None:
     store.discard_after(1)
     assert [path.name for path in store.list()] == ["step-000001"]
     assert store.best() is None
+
+
+def test_an_interrupted_replacement_of_a_step_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(1, tensors(1.0), {})
+    rename = Path.rename
+
+    def fail_to_commit(path: Path, target: Path) -> Path:
+        if path.name == "step-000001.tmp":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fail_to_commit)
+        with pytest.raises(StorageError, match="Input/output error"):
+            store.save(1, tensors(2.0), {})
+    assert float(store.load(store.list()[0]).tensors["model"]["w"][0]) == 1.0
+    # A kill between the two renames leaves the old one under its other name.
+    store.list()[0].rename(tmp_path / "checkpoints" / "step-000001.old.tmp")
+    assert float(CheckpointStore(tmp_path).load_newest().tensors["model"]["w"][0]) == 1.0
 
 
 @pytest.fixture

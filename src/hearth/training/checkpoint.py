@@ -30,6 +30,7 @@ from hearth.errors import IntegrityError, NotFoundError, StorageError
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+_REPLACED = ".old.tmp"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -106,7 +107,7 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             self._write(temporary, step, tensors, state)
-            replaced = final.with_name(final.name + ".old.tmp")
+            replaced = final.with_name(final.name + _REPLACED)
             if final.exists():  # of an earlier attempt at this very step
                 final.rename(replaced)
             temporary.rename(final)
@@ -116,6 +117,8 @@ class CheckpointStore:
                 _write_text(self.run_dir / "best", final.name + "\n")
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._restore_replaced()
             raise self._storage_error(final, needed, error) from error
         self.prune()
         return final
@@ -155,6 +158,13 @@ class CheckpointStore:
             f"cannot write checkpoint {final}: {what} ({needed} bytes needed, {free} free)",
             fix="free space; earlier checkpoints are intact, and the run resumes from the newest of them",
         )
+
+    def _restore_replaced(self) -> None:
+        """Put back a checkpoint that was moved aside for one of the same step that never came."""
+        for path in self.root.glob(f"*{_REPLACED}"):
+            final = path.with_name(path.name.removesuffix(_REPLACED))
+            if not final.exists():
+                path.rename(final)
 
     def prune(self) -> None:
         """Keep the newest ``keep`` checkpoints and the best one; remove unfinished ones."""
@@ -229,6 +239,7 @@ class CheckpointStore:
 
         Raises NotFoundError when there is none at all, IntegrityError when none verifies.
         """
+        self._restore_replaced()
         candidates = self.list()
         if not candidates:
             raise NotFoundError(
