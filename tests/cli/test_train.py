@@ -122,6 +122,19 @@ def test_resume_without_a_recipe_uses_that_of_the_run(
     assert json.loads(capsys.readouterr().out)["steps"] == 9
 
 
+def test_a_dataset_prepared_under_a_name_is_found_by_it(
+    recipe: Path, workspace_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "prepare", str(recipe), "--name", "words", "--json"])
+    fingerprint = json.loads(capsys.readouterr().out)["fingerprint"]
+    named = (str(recipe), "data.sources=[]", "data.dataset=words", "train.steps=1", "--json")
+    assert call(*named) == 0
+    assert json.loads(capsys.readouterr().out)["dataset_fingerprint"] == fingerprint
+    assert call(*named, "data.dataset=wordy") == 2
+    assert "the workspace has words" in capsys.readouterr().err
+
+
 Start = Callable[..., subprocess.Popen[str]]
 
 

@@ -305,6 +305,9 @@ def test_names_are_no_paths(recipe_file):
 
 
 def test_a_dataset_stands_relative_to_the_file_and_home_is_expanded(recipe_file, tmp_path):
+    assert load(recipe_file("data: {dataset: named}\n")).recipe.data.dataset == "named"
+    (tmp_path / "here").mkdir()
+    assert load(recipe_file("data: {dataset: here}\n")).recipe.data.dataset == str(tmp_path / "here")
     assert load(recipe_file("data: {dataset: d/x}\n")).recipe.data.dataset == str(tmp_path / "d" / "x")
     assert load(recipe_file("data: {dataset: ~/x}\n")).recipe.data.dataset == str(Path("~/x").expanduser())
 

@@ -334,23 +334,7 @@ def _coloured(dataset: Dataset, tokens: list[int], counted: list[bool]) -> Text:
 
 def _open(dataset: str) -> Dataset:
     """A directory, or the name (or the beginning of the fingerprint) of a dataset in the workspace."""
-    from hearth.data import Dataset
-    from hearth.errors import NotFoundError
+    from hearth.data import Dataset, find_dataset
     from hearth.workspace.workspace import workspace_root
 
-    path = Path(dataset).expanduser()
-    if path.exists():
-        return Dataset.open(path)
-    folder = workspace_root() / "datasets"
-    if (folder / dataset).is_dir() and Path(dataset).name == dataset:
-        return Dataset.open(folder / dataset)
-    names = sorted(item.parent.name for item in folder.glob("*/manifest.json"))
-    matching = [name for name in names if name.startswith(dataset[:16])]
-    if len(matching) == 1:
-        return Dataset.open(folder / matching[0])
-    raise NotFoundError(
-        f"no dataset {dataset}: it is neither a directory nor in {folder}",
-        fix=f"the workspace has {', '.join(names)}"
-        if names
-        else "make one with `hearth data prepare RECIPE`",
-    )
+    return Dataset.open(find_dataset(dataset, workspace_root() / "datasets"))

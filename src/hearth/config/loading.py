@@ -69,8 +69,8 @@ def load_recipe(
 ) -> LoadedRecipe:
     """Read a recipe with all its layers; ``overrides`` are ``key=value`` texts with YAML values.
 
-    Relative paths in the file (``data.sources[].path``, ``data.dataset``, and ``model.base`` and
-    ``tokenizer.base`` where such a folder exists) are resolved against the folder of the file; those of the
+    Relative paths in the file (``data.sources[].path``, and ``data.dataset``, ``model.base`` and
+    ``tokenizer.base`` where they are no names) are resolved against the folder of the file; those of the
     command line and the environment stay relative to the current directory. Raises ConfigError, listing
     every mistake.
     """
@@ -277,8 +277,11 @@ def _resolve_paths(value: dict[str, Any], folder: Path) -> dict[str, Any]:
     value = json.loads(json.dumps(value, default=str))  # a deep copy; TOML's dates become text
     data = value.get("data")
     if isinstance(data, dict):
-        if isinstance(data.get("dataset"), str):
-            data["dataset"] = _absolute(data["dataset"], folder)
+        dataset = data.get("dataset")
+        if isinstance(dataset, str) and (
+            dataset.startswith("~") or "/" in dataset or (folder / dataset).is_dir()
+        ):
+            data["dataset"] = _absolute(dataset, folder)  # otherwise a name in the workspace
         for source in data["sources"] if isinstance(data.get("sources"), list) else []:
             if (
                 isinstance(source, dict)

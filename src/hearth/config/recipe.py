@@ -116,7 +116,9 @@ class FilterSection(Section):
 class DataSection(Section):
     """From sources to packed rows of tokens."""
 
-    dataset: str | None = Field(None, description="A prepared dataset directory; instead of sources.")
+    dataset: str | None = Field(
+        None, description="A prepared dataset, a directory or a name in the workspace; instead of sources."
+    )
     sources: tuple[SourceSection, ...] = Field((), description="Where the documents come from.")
     filters: FilterSection = _section(FilterSection, "Quality filters.")
     deduplicate: Literal["exact", "none"] = Field("exact", description="Drop repeated documents.")

@@ -7,7 +7,7 @@ render_chat, audit_chat, DataTokenizer   conversations to ids and loss mask
 """
 
 from hearth.data.chat import AuditReport, audit_chat, render_chat
-from hearth.data.dataset import Dataset, TokenSplit
+from hearth.data.dataset import Dataset, TokenSplit, find_dataset
 from hearth.data.job import Job, plan_job
 from hearth.data.manifest import Manifest
 from hearth.data.order import consumed_row_index, row_index
@@ -35,6 +35,7 @@ __all__ = [
     "TokenSplit",
     "audit_chat",
     "consumed_row_index",
+    "find_dataset",
     "plan_job",
     "prepare_dataset",
     "prepare_in_folder",

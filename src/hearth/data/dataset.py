@@ -270,3 +270,24 @@ class Dataset:
                     f"{self.path / name} has sha256 {digest[:16]}…; the manifest says {record.sha256[:16]}…",
                     fix="delete the dataset and run `hearth data prepare` again",
                 )
+
+
+def find_dataset(reference: str | Path, folder: Path) -> Path:
+    """The directory of a dataset: a path, or a name or the beginning of a fingerprint in ``folder``.
+
+    Raises NotFoundError naming what ``folder`` has.
+    """
+    path = Path(reference).expanduser()
+    if path.exists():
+        return path
+    names = sorted(item.parent.name for item in folder.glob("*/manifest.json"))
+    text = str(reference)
+    matching = [text] if text in names else [name for name in names if text and name.startswith(text[:16])]
+    if len(matching) == 1:
+        return folder / matching[0]
+    raise NotFoundError(
+        f"no dataset {reference}: it is neither a directory nor in {folder}",
+        fix=f"the workspace has {', '.join(names)}"
+        if names
+        else "make one with `hearth data prepare RECIPE`",
+    )

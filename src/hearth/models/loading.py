@@ -82,7 +82,8 @@ def check_model_directory(path: Path | str) -> Path:
     directory = Path(path)
     if not directory.exists():
         raise ModelError(
-            f"no model directory at {directory}", fix="check the path, or see `hearth models list`"
+            f"no model directory at {directory}",
+            fix="check the path, or see `hearth models list`; a model of the Hugging Face hub is hf:org/name",
         )
     if not directory.is_dir():
         raise ModelError(f"{directory} is a file, not a model directory", fix="give the directory around it")

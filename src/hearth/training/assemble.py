@@ -56,10 +56,10 @@ def assemble(recipe: Recipe, *, workspace: Workspace | None, progress: bool) -> 
 
 def open_dataset(recipe: Recipe, workspace: Workspace, base_dir: Path | None, *, progress: bool) -> Dataset:
     """The dataset of ``data.dataset``, or of ``data.sources`` prepared in the workspace and reused there."""
-    from hearth.data import Dataset, prepare_in_folder
+    from hearth.data import Dataset, find_dataset, prepare_in_folder
 
     if recipe.data.dataset is not None:
-        return Dataset.open(Path(recipe.data.dataset))
+        return Dataset.open(find_dataset(recipe.data.dataset, workspace.root / "datasets"))
     if not recipe.data.sources:
         raise ConfigError(
             "the recipe has no data", fix="give data.sources, or data.dataset with a prepared dataset"
