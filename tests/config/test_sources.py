@@ -152,3 +152,21 @@ _VALUES = st.recursive(
 @example({"1e-4": 1, "": 2, "~": 3, "true": 4})
 def test_whatever_is_written_is_read_back(value):
     assert read_yaml(dump_yaml(value), "f.yaml").value == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.yaml", "a: {}"), ("a.toml", "a = {}"), ("a.json", '{{"a": {}}}')]
+)
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [("[" * 5000 + "]" * 5000, "nested too deeply"), ("9" * 5000, r"too long|5000 digits|integer string")],
+)
+def test_absurd_values_are_errors_of_the_file(tmp_path, name, text, value, problem):
+    path = tmp_path / name
+    path.write_text(text.format(value))
+    with pytest.raises(ConfigError, match=problem) as caught:
+        read_document(path)
+    assert name in str(caught.value)
+    if name == "a.yaml":
+        with pytest.raises(ConfigError, match=problem):
+            parse_scalar(value)

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from hearth.errors import ConflictError, InputError, NotFoundError, StorageError
+from hearth.errors import ConflictError, InputError, Interrupted, NotFoundError, StorageError
 from hearth.workspace.processes import SILENCE, ProcessIdentity
 from hearth.workspace.schema import runs, utcnow
 
@@ -147,7 +147,10 @@ def test_a_block_ends_its_run(workspace):
         raise ValueError("bad luck")
     with pytest.raises(KeyboardInterrupt), workspace.runs.create("train", name="stopped"):
         raise KeyboardInterrupt
+    with pytest.raises(Interrupted), workspace.runs.create("train", name="saved"):
+        raise Interrupted("stopped after saving")
     states = {run.name: (run.status, run.error) for run in workspace.runs.list()}
+    assert states["saved"] == ("interrupted", "stopped after saving")
     assert states["good"] == ("finished", None)
     assert states["bad"] == ("failed", "bad luck")
     assert states["stopped"] == ("interrupted", "KeyboardInterrupt")

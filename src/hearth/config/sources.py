@@ -18,6 +18,7 @@ from hearth.errors import ConfigError
 
 SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 _MAX_NODES = 100_000  # far beyond any real file: stops aliases that multiply
+_MAX_DIGITS = 100  # Python itself refuses to read some thousands
 KeyPath = tuple[str, ...]
 
 
@@ -79,6 +80,8 @@ def parse_scalar(text: str) -> Any:
         return _Builder().build(yaml.compose(text, Loader=_Loader), ())
     except yaml.YAMLError as error:
         raise ConfigError(f"{text!r} is not a YAML value: {_problem(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{text[:40]!r}… is nested too deeply") from error
 
 
 def read_document(path: Path) -> Document:
@@ -107,6 +110,8 @@ def read_yaml(text: str, name: str) -> Document:
         value = builder.build(node, ())
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: {_problem(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{name}: the values are nested too deeply") from error
     value = {} if value is None else value
     if not isinstance(value, dict):
         kind = {"str": "text", "list": "a list"}.get(type(value).__name__, "a single value")
@@ -117,7 +122,9 @@ def read_yaml(text: str, name: str) -> Document:
 def _read_toml(text: str, name: str) -> Document:
     try:
         return Document(tomllib.loads(text))  # tomllib refuses duplicate keys itself
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError as error:
+        raise ConfigError(f"{name}: the values are nested too deeply") from error
+    except ValueError as error:  # a TOMLDecodeError, or a number too long for Python
         raise ConfigError(f"{name}: {error}") from error
 
 
@@ -178,6 +185,8 @@ class _Builder:
             return None
         if kind == "bool":
             return text.lower() == "true"
+        if kind == "int" and len(text) > _MAX_DIGITS:
+            raise ConfigError(f"{self._where(node)}a number of {len(text)} digits is too long")
         if kind == "int":
             return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
         if kind == "float":

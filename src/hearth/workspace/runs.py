@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, SupportsFloat
 
 import sqlalchemy as sa
 
-from hearth.errors import ConflictError, InputError, NotFoundError, StorageError
+from hearth.errors import ConflictError, InputError, Interrupted, NotFoundError, StorageError
 from hearth.workspace.database import Database
 from hearth.workspace.names import new_id
 from hearth.workspace.processes import ProcessIdentity
@@ -175,7 +175,7 @@ class Run:
         if error is None:
             self.finish()
         else:
-            interrupted = isinstance(error, KeyboardInterrupt)
+            interrupted = isinstance(error, KeyboardInterrupt | Interrupted)
             self.finish("interrupted" if interrupted else "failed", error=error)
 
     def __repr__(self) -> str:
