@@ -120,7 +120,7 @@ def _quality(report: DemoReport) -> list[str]:
 def _answers(report: DemoReport) -> list[str]:
     lines = []
     for answer in report.answers:
-        kind = "held-out module" if answer.held_out else "seen in training"
+        kind = "held-out module" if answer.held_out else "training set"
         lines += [
             f"[bold]Q[/bold] {escape(_one_line(answer.question, 56))}  [dim]({kind})[/dim]",
             f"[bold]A[/bold] {escape(_one_line(answer.text)) or '[dim](nothing)[/dim]'}",
@@ -128,8 +128,8 @@ def _answers(report: DemoReport) -> list[str]:
         ]
     parameters = report.version["parameters"] / 1e6
     lines += [
-        f"[dim]A model of {parameters:.1f} M parameters that trained for minutes has learned[/dim]",
-        "[dim]the form of an answer more than the facts.[/dim]",
+        f"[dim]A model of {parameters:.1f} M parameters learns the form of an answer before the facts,[/dim]",
+        "[dim]and in minutes little more than the form.[/dim]",
     ]
     return lines
 

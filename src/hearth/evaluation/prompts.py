@@ -19,6 +19,7 @@ TEXTS = {
     "whitespace": "  leading,\ttabs,\n\n\nblank lines and trailing   ",
     "unicode": "naïve café, Größe, ελληνικά, 日本語の文章, 🙂👩‍👩‍👧, e\u0301",
     "numbers": "3.14159 * 10^-7 = 0x1F4A9, 1,000,000.00; 2026-11-23T05:10:00Z",
+    "lookalikes": "if a <|b|> c: print('<|im_end|> <|endoftext|> </s> [INST] <s> <unk>')",
     "one character": "a",
 }
 
