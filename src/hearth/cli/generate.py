@@ -74,13 +74,13 @@ def _read_prompt() -> str:
 
 def chat_token_ids(engine: Engine, text: str, system: str | None) -> list[int]:
     """The ids of a conversation with one user message, ready for the assistant's turn."""
+    from hearth.models import encode_chat
+
     if not getattr(engine.tokenizer, "chat_template", None):
         raise InputError("the model has no chat template", fix="leave out --chat")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    prompt = engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids: list[int] = engine.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return ids
+    return encode_chat(engine.tokenizer, messages)
 
 
 def _print_completions(engine: Engine, token_ids: list[int], text: str, params: SamplingParams) -> None:

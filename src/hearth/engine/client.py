@@ -204,8 +204,9 @@ class AsyncEngine:
         """Token ids of a prompt; ids are passed through."""
         if not isinstance(prompt, str):
             return list(prompt)
-        ids: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
-        return ids
+        from hearth.models import encode_text  # loads torch, which this side can do without until here
+
+        return encode_text(self.tokenizer, prompt)
 
     async def generate(
         self,

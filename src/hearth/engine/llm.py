@@ -32,6 +32,7 @@ from hearth.engine.runner import Runner
 from hearth.engine.sampler import SamplingState, sample
 from hearth.engine.scheduler import Scheduler
 from hearth.errors import ConfigError, EngineError, RequestError
+from hearth.models import encode_text
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +147,7 @@ class Engine:
             raise RequestError(
                 "this engine has no tokenizer", fix="give the prompt as token ids", param="prompt"
             )
-        ids: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
-        return ids
+        return encode_text(self.tokenizer, prompt)
 
     def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Queue a request; raises `RequestError` and changes nothing if it is invalid or can never fit."""

@@ -11,7 +11,8 @@ from typing import Any
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Ids of a plain prompt, with the tokens that the tokenizer itself puts around a text (such as BOS)."""
-    return list(tokenizer(text)["input_ids"])
+    # Not verbose: whoever serves checks the length, and says it better than a warning does.
+    return list(tokenizer(text, verbose=False)["input_ids"])
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
