@@ -6,12 +6,14 @@ Help lists every verb from the table below without importing it, so `hearth --he
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 
 import click
 
 from hearth.errors import HearthError
+from hearth.threads import limit_spinning
 from hearth.version import __version__
 
 # verb -> (module:attribute, one line of help)
@@ -65,6 +67,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; turn every HearthError into a message on stderr and its exit code."""
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments
+    limit_spinning(os.environ)
     try:
         sys.exit(cli.main(arguments, standalone_mode=False) or 0)
     except click.ClickException as error:

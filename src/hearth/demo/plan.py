@@ -37,7 +37,9 @@ class Scale:
     chat_learning_rate: float
 
 
-CPU_SCALE = Scale("3M", 4096, 1024, 256, 32, 16, 2.5e-3, 1e-3)
+# Small batches: in so few minutes the number of updates counts for more than the noise in each. 2.3 M tokens
+# left a held-out loss of 4.41 nats in batches of 32 rows, 4.21 in 16 and 4.05 in 8.
+CPU_SCALE = Scale("3M", 4096, 1024, 256, 8, 8, 2.5e-3, 1e-3)
 GPU_SCALE = Scale("60M", 8192, 1024, 512, 128, 32, 1e-3, 3e-4)
 
 

@@ -27,6 +27,7 @@ from hearth.engine.config import EngineConfig
 from hearth.engine.outputs import EngineStats, RequestOutput
 from hearth.engine.params import SamplingParams
 from hearth.errors import EngineDeadError, EngineError, HearthError, RequestError
+from hearth.threads import limit_spinning
 
 _KILL_AFTER = 5.0  # seconds that a process may take to leave after it was asked to
 
@@ -66,9 +67,9 @@ class AsyncEngine:
         config = EngineConfig.of(**fields) if config is None else config.with_(**fields)
         ours, theirs = socket.socketpair()
         settings = json.dumps(asdict(config))
-        # Waiting threads of the OpenMP pool sleep instead of spinning: the process shares its cores with the
-        # HTTP side, and a spinning pool that loses a core waits ten times longer than it saves.
-        environment = {"GOMP_SPINCOUNT": "0", **os.environ}
+        # The process shares its cores with the HTTP side: idle threads must give way.
+        environment = dict(os.environ)
+        limit_spinning(environment)
         with theirs:
             process = subprocess.Popen(
                 [
