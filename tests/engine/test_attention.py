@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from hearth.engine.attention import numba_path
+from hearth.engine.attention import numba_kernels, numba_path
 from hearth.engine.attention.layer import LayerKV, LayerSpec
 from hearth.engine.attention.numba_path import split
 from hearth.engine.attention.step import StepContext
@@ -142,3 +147,39 @@ def test_threads_give_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
         shapes = ((26, 6, 16), (26, 2, 16), (26, 2, 16))
         outs.append(layer.attend(*(torch.randn(shape, generator=generator) for shape in shapes), None))
     assert torch.equal(*outs)
+
+
+USE_KERNELS = """
+import numpy as np
+from hearth.engine.attention.numba_kernels import make_kernel
+for dtype in (np.float32, np.uint16):
+    kernel = make_kernel(4, 4, 1, 2, softcap=False, sinks=False)
+    query, pool, out = np.zeros((1, 1, 4), dtype), np.zeros((1, 1, 2, 4), dtype), np.zeros((1, 1, 4), "f4")
+    table, items, one = np.zeros((1, 1), "i4"), np.array([[0, 0, 1]], "i4"), np.float32(1)
+    kernel(query, pool, pool, out, table, items, 0, 1, one, one, 0, np.zeros(0, "f4"))
+print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
+"""
+
+
+def test_compiled_kernels_are_found_by_the_next_process(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    found = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", USE_KERNELS], env=environment, capture_output=True, text=True, check=True
+        )
+        found.append((done.stdout.split(), len(list(tmp_path.rglob("*.nbc")))))
+    assert found == [(["0", "2"], 2), (["2", "0"], 2)]
+
+
+def test_without_a_home_compiled_kernels_share_one_folder_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = numba_kernels._temporary_folder()
+    assert numba_kernels._temporary_folder() == folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)  # somebody else could have put code there
+    other = numba_kernels._temporary_folder()
+    assert other != folder
+    assert other.stat().st_mode & 0o777 == 0o700

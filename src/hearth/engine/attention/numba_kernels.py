@@ -14,8 +14,10 @@ B blocks of a sequence at most.
 # mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +30,10 @@ _FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 _NEGATIVE = np.float32(-1e30)
 
 
-def _prepare_cache() -> bool:
-    """Whether compiled kernels can be kept on disk; redirects numba to a private folder if it must."""
+def _prepare_cache() -> None:
+    """Redirect numba to a folder of the user if compiled kernels cannot be kept beside this file."""
     if os.environ.get("NUMBA_CACHE_DIR") or os.access(Path(__file__).parent, os.W_OK):
-        return True
+        return
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = base / "hearth" / "numba"
@@ -39,14 +41,25 @@ def _prepare_cache() -> bool:
         if not os.access(folder, os.W_OK):
             raise PermissionError(folder)
     except (OSError, RuntimeError):
-        # Read-only home, as in many containers: recompiling each time is the price of a private folder.
-        folder = Path(tempfile.mkdtemp(prefix="hearth-numba-"))
+        folder = _temporary_folder()  # read-only home, as in many containers
     os.environ["NUMBA_CACHE_DIR"] = str(folder)
-    return True
+
+
+def _temporary_folder() -> Path:
+    """One folder a user, not one a process, which nobody would remove. Compiled code is run: never a folder
+    that someone else made or may write."""
+    folder = Path(tempfile.gettempdir()) / f"hearth-numba-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        facts = folder.lstat()
+        if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022:
+            return folder
+    return Path(tempfile.mkdtemp(prefix="hearth-numba-"))
 
 
 _prepare_cache()
 import numba  # noqa: E402 - numba reads its cache folder on import
+import numba.extending  # noqa: E402
 
 
 @numba.njit(inline="always", fastmath=_FASTMATH)
@@ -66,26 +79,36 @@ def _exp(x: Any) -> Any:
 
 
 @numba.njit(inline="always")
-def _widen_f32(x: Any) -> Any:
-    return x
-
-
-@numba.njit(inline="always")
 def _widen_bf16(x: Any) -> Any:
     return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
 
 
+def _widen(x: Any) -> Any:
+    """The float32 of a number of the pool; what it does is decided by the type, in `_choose_widen`."""
+    raise NotImplementedError("only for compiled code")
+
+
+@numba.extending.overload(_widen, inline="always")
+def _choose_widen(x: Any) -> Any:
+    def same(x: Any) -> Any:
+        return x
+
+    return _widen_bf16.py_func if x == numba.types.uint16 else same
+
+
 @functools.cache
 def make_kernel(
-    dim: int, value_dim: int, group: int, block: int, *, bf16: bool, softcap: bool, sinks: bool
+    dim: int, value_dim: int, group: int, block: int, *, softcap: bool, sinks: bool
 ) -> Callable[..., None]:
     """Compile the kernel for these constants.
 
     It releases the interpreter, so that threads can share its work. One unit of work is one KV head for one
     query token, and unit ``i * K + h`` is head ``h`` for token ``i``.
+
+    What the kernel closes over must be plain numbers: numba finds compiled code on disk by their pickled
+    value, and a compiled function pickles differently in every process.
     """
     D, E, G, S = dim, value_dim, group, block
-    widen = _widen_bf16 if bf16 else _widen_f32
 
     def kernel(
         query: Any,  # [T, H, D]
@@ -119,7 +142,7 @@ def make_kernel(
                 first = max(0, length - window)
             for g in range(G):
                 for d in range(D):
-                    q[g, d] = widen(query[t, h * G + g, d]) * scale
+                    q[g, d] = _widen(query[t, h * G + g, d]) * scale
                 for e in range(E):
                     acc[g, e] = 0.0
                 top[g] = _NEGATIVE
@@ -130,7 +153,7 @@ def make_kernel(
                 high = min(S, length - b * S)
                 for j in range(low, high):
                     for d in range(D):
-                        wide[d] = widen(key_pool[page, h, j, d])
+                        wide[d] = _widen(key_pool[page, h, j, d])
                     for g in range(G):
                         s = np.float32(0.0)
                         for d in range(D):
@@ -154,7 +177,7 @@ def make_kernel(
                         acc[g, e] *= shrink
                 for j in range(low, high):
                     for e in range(E):
-                        wide[e] = widen(value_pool[page, h, j, e])
+                        wide[e] = _widen(value_pool[page, h, j, e])
                     for g in range(G):
                         p = scores[g, j]
                         for e in range(E):

@@ -53,7 +53,6 @@ class NumbaLayer:
             spec.value_dim,
             spec.num_heads // spec.num_kv_heads,
             keys.shape[2],
-            bf16=keys.dtype is torch.bfloat16,
             softcap=bool(spec.softcap),
             sinks=spec.sinks,
         )
