@@ -232,6 +232,21 @@ async def test_a_first_start_that_fails_is_an_error_of_the_start(
             pass
 
 
+async def test_a_program_that_cannot_be_run_is_an_error_of_the_start(start_gateway, worker_spec) -> None:
+    with pytest.raises(ServingError, match="no/such/program"):
+        async with asyncio.timeout(10), start_gateway(worker_spec(command=("/no/such/program",))):
+            pass
+
+
+async def test_models_of_like_names_have_workers_of_their_own(start_gateway, worker_spec) -> None:
+    models = [f"a-name-that-is-long-and-goes-on-{i}" for i in range(2)]
+    async with start_gateway(*map(worker_spec, models)) as running:
+        _, stats = await running.get("/stats")
+        for name in models:
+            model = stats["models"][name]
+            assert model["worker"]["pid"] == model["pid"]
+
+
 async def test_draining_refuses_new_requests_and_aborting_ends_open_ones(start_gateway) -> None:
     async with start_gateway() as running:
         open_request = asyncio.create_task(running.post(prompt="sleep"))

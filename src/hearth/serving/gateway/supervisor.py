@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -28,6 +29,8 @@ from hearth.telemetry import logs
 log = logs.get_logger("supervisor")
 State = Literal["starting", "ready", "waiting", "failed", "stopped"]
 BASE_URL = "http://worker"
+_EVENT_LIMIT = 1 << 20  # bytes in one event; the reason why a model cannot be loaded may be long
+_socket_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,6 @@ class Worker:
         self._process: asyncio.subprocess.Process | None = None
         self._stop = asyncio.Event()
         self._engine: psutil.Process | None = None
-        self._generation = 0
 
     async def run(self) -> None:
         """Keep a worker running until ``stop``. A first start that fails ends it: ``first_start`` raises."""
@@ -84,11 +86,13 @@ class Worker:
                 if not self.first_start.done():
                     self.first_start.set_result(None)
                 self.problem = await self._watch()
-            except HearthError as error:
-                self.problem = error.message
+            except Exception as error:
+                # Whatever it is, such as too many open files, nobody may be left waiting for this worker.
+                failure = error if isinstance(error, HearthError) else self._unexpected(error)
+                self.problem = failure.message
                 if not self.first_start.done():
                     self._set("failed")
-                    self.first_start.set_exception(error)
+                    self.first_start.set_exception(failure)
                     return
             finally:
                 await self._clean_up()
@@ -107,15 +111,21 @@ class Worker:
             self.restarts += 1
         self._set("stopped")
 
+    def _unexpected(self, error: Exception) -> ServingError:
+        log.error("worker could not be started", exc_info=error, extra=logs.fields(model=self.spec.name))
+        return ServingError(
+            f"the worker of {self.spec.version} could not be started: {type(error).__name__}: {error}"
+        )
+
     def _set(self, state: State) -> None:
         self.state = state
         self._on_change(self)
 
     async def _start(self) -> None:
         """Spawn the process and wait for its ``ready``; raise its error, or ServingError."""
-        self._generation += 1
-        # A new path for each process: a connection to a dead one can never be taken for the new one.
-        path = self._socket_dir / f"{self.spec.name[:20].replace('/', '_')}.{self._generation}"
+        # A new path for each process: a connection to a dead one can never be taken for the new one. Not made
+        # from the model's name: what is left of two long names in so short a path may be the same.
+        path = self._socket_dir / f"worker-{next(_socket_numbers)}"
         command = [
             *(*self.spec.command, "--supervised"),
             *(
@@ -134,6 +144,7 @@ class Worker:
             *command,
             stdin=asyncio.subprocess.PIPE,  # the lifeline; see hearth.serving.lifeline
             stdout=asyncio.subprocess.PIPE,
+            limit=_EVENT_LIMIT,
             start_new_session=True,
         )
         self.pid = self._process.pid
