@@ -90,6 +90,15 @@ def test_seeded_draws_do_not_depend_on_the_batch() -> None:
     assert len(set(tokens_alone)) > 5
 
 
+def test_seeded_draws_among_equal_logits_do_not_depend_on_the_batch() -> None:
+    """bfloat16 has many equal logits, and a neighbour may need more of the candidates than the first ones."""
+    logits = (torch.randn(1, 5000, generator=torch.Generator().manual_seed(1)) * 0.1).bfloat16().float()
+    for seed in range(50):
+        fields = [{"top_k": 100}, {"top_p": 0.999}, {"top_k": 700, "top_p": 0.8}]
+        mixed = sample(logits.repeat(3, 1), [state(seed=seed, **each) for each in fields]).token_ids
+        assert mixed == [sample(logits.clone(), [state(seed=seed, **each)]).token_ids[0] for each in fields]
+
+
 def test_sequences_of_one_seed_differ_by_index() -> None:
     logits = torch.zeros(1, 1000)
     first, second = state(seed=5, index=0), state(seed=5, index=1)
@@ -141,5 +150,14 @@ def test_logprobs_are_those_of_the_model() -> None:
 
 def test_extreme_temperatures_do_not_overflow() -> None:
     logits = torch.tensor([[1000.0, -1000.0, 999.0]])
-    assert sample(logits.clone(), [state(temperature=1e-6)]).token_ids == [0]
+    for temperature in (1e-6, 1e-50):  # the second is zero in float32
+        assert sample(logits.clone(), [state(temperature=temperature)]).token_ids == [0]
+        assert sample(logits.flip(1), [state(temperature=temperature, top_p=0.9)]).token_ids == [2]
     assert draw_many(logits[0], 50, temperature=100.0).max() <= 2
+
+
+def test_a_top_k_beyond_the_vocabulary_keeps_all_of_it() -> None:
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(2))
+    for seed in range(20):
+        drawn = [sample(logits.clone(), [state(seed=seed, top_k=k)]).token_ids for k in (VOCAB, 2**63 - 1)]
+        assert drawn[0] == drawn[1]

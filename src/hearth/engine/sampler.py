@@ -123,8 +123,10 @@ def _draw(logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> torch.Ten
     uniform_R = torch.tensor(
         [state.generator.random() for state in states], dtype=torch.float64, device=device
     )
-    temperature_R = torch.tensor([p.temperature for p in params], device=device)
-    # Subtracting the maximum first keeps a tiny temperature from overflowing.
+    # What rounds to zero in float32 would divide by it; subtracting the maximum first keeps a tiny
+    # temperature from overflowing.
+    smallest = torch.finfo(torch.float32).tiny
+    temperature_R = torch.tensor([max(p.temperature, smallest) for p in params], device=device)
     scaled_RV = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / temperature_R[:, None]
     token_ids = torch.empty(len(states), dtype=torch.long, device=device)
     plain = [i for i, p in enumerate(params) if p.top_k == 0 and p.top_p >= 1.0 and p.min_p == 0.0]
@@ -141,32 +143,41 @@ def _draw(logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> torch.Ten
 def _draw_filtered(
     scaled_RV: torch.Tensor, params: Sequence[SamplingParams], uniform_R: torch.Tensor
 ) -> torch.Tensor:
-    """Draw from the most likely candidates that top-k, top-p and min-p leave; returns token ids [R]."""
+    """Draw from the most likely candidates that top-k, top-p and min-p leave; returns token ids [R].
+
+    How many candidates a row looks at is its own affair: `torch.topk` puts equal logits, frequent in
+    bfloat16, into an order that depends on their number, and with it would the draw.
+    """
     device, vocab = scaled_RV.device, scaled_RV.shape[1]
-    top_k_R = torch.tensor([p.top_k or vocab for p in params], device=device).clamp_max(vocab)
+    top_k_R = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=device)
     top_p_R = torch.tensor([p.top_p for p in params], device=device)
     min_p_R = torch.tensor([p.min_p for p in params], device=device)
-    total_R = torch.logsumexp(scaled_RV, dim=-1, keepdim=True)
-    width = min(vocab, max(_CANDIDATES, max((p.top_k for p in params), default=0)))
+    total_R = torch.logsumexp(scaled_RV, dim=-1)
+    token_ids = torch.empty(len(params), dtype=torch.long, device=device)
+    rows = torch.arange(len(params), device=device)  # not drawn yet
+    width = min(vocab, _CANDIDATES)
     while True:
-        values_RC, ids_RC = torch.topk(scaled_RV, width, dim=-1)
-        probs_RC = torch.exp(values_RC - total_R)
+        values_RC, ids_RC = torch.topk(scaled_RV if len(rows) == len(params) else scaled_RV[rows], width)
+        probs_RC = torch.exp(values_RC - total_R[rows, None])
         rank_C = torch.arange(width, device=device)
-        probs_RC = probs_RC.masked_fill(rank_C >= top_k_R[:, None], 0.0)
-        # top-p works on what top-k left, renormalised; without top-k the candidates' mass may be too little.
-        limited = top_k_R <= width
-        mass_R = torch.where(limited, probs_RC.sum(dim=-1), torch.ones_like(top_p_R))
+        probs_RC = probs_RC.masked_fill(rank_C >= top_k_R[rows, None], 0.0)
+        # top-p works on what top-k left, renormalised; without top-k that is everything.
+        limited = top_k_R[rows] <= width
+        mass_R = torch.where(limited, probs_RC.sum(dim=-1), 1.0)
         before_RC = probs_RC.cumsum(dim=-1) - probs_RC  # mass of more likely tokens
-        keep_RC = (before_RC < (top_p_R * mass_R)[:, None]) | (top_p_R >= 1.0)[:, None]
-        keep_RC &= probs_RC >= min_p_R[:, None] * probs_RC[:, :1]
+        keep_RC = (before_RC < (top_p_R[rows] * mass_R)[:, None]) | (top_p_R[rows] >= 1.0)[:, None]
+        keep_RC &= probs_RC >= min_p_R[rows, None] * probs_RC[:, :1]
         keep_RC[:, 0] = True
-        # Enough if the last candidate is out: everything after it is no more likely.
-        if width == vocab or bool((limited | ~keep_RC[:, -1]).all()):
-            break
+        # Enough if top-k is among them, or, without it, if the last is out: all others are no more likely.
+        enough = limited | ((top_k_R[rows] == vocab) & ~keep_RC[:, -1])
+        kept_RC = probs_RC * keep_RC
+        picked_R = _invert(kept_RC / kept_RC.sum(dim=-1, keepdim=True), uniform_R[rows])
+        drawn_R = ids_RC.gather(1, picked_R[:, None])[:, 0]
+        token_ids[rows[enough]] = drawn_R[enough]
+        rows = rows[~enough]
+        if not len(rows):
+            return token_ids
         width = min(vocab, width * 8)
-    kept_RC = probs_RC * keep_RC
-    picked_R = _invert(kept_RC / kept_RC.sum(dim=-1, keepdim=True), uniform_R)
-    return ids_RC.gather(1, picked_R[:, None])[:, 0]
 
 
 def _invert(probs_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
