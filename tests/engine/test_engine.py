@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -219,6 +220,34 @@ def test_a_failing_step_ends_its_requests_and_not_the_engine(family_model: Any) 
             engine.generate([[13, 7]])
 
 
+def test_an_interrupted_step_leaves_nothing_in_the_prefix_cache(family_model: Any) -> None:
+    """Ctrl-C between two layers: the blocks of the prompt are only half written."""
+    prompt, model = [7] * 10 + [9] * 30, family_model("llama")
+    with Engine.from_model(family_model("llama")) as fresh:
+        expected = fresh.generate([prompt], greedy(max_tokens=8))[0].token_ids
+    armed: list[bool] = []
+
+    def interrupt(*_: Any) -> None:
+        if armed and armed.pop():
+            raise KeyboardInterrupt
+
+    model.model.layers[1].register_forward_pre_hook(interrupt)
+    with Engine.from_model(model, block_size=8) as engine:
+        armed.append(True)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([prompt], greedy(max_tokens=8))
+        engine.scheduler.check()
+        assert not engine.has_work
+        assert (engine.pool.num_used, engine.pool.num_cached) == (0, 0)
+        again = engine.generate([prompt], greedy(max_tokens=8))[0]
+        assert (again.token_ids, again.num_cached_tokens) == (expected, 0)
+
+
+def test_a_context_shorter_than_the_check_at_load(family_model: Any) -> None:
+    with Engine.from_model(family_model("gpt2", n_positions=12)) as engine:
+        assert len(engine.generate([[5, 6]], greedy(max_tokens=None))[0].token_ids) == 10
+
+
 def test_stats_add_up(engine: Engine) -> None:
     before = engine.stats()
     engine.generate(["the dog", "the fox"], greedy(max_tokens=5))
@@ -236,6 +265,12 @@ def test_settings_that_do_not_fit_the_model(family_model: Any) -> None:
         Engine.from_model(family_model("llama"), max_model_len=200, kv_cache_memory=50_000)
     with pytest.raises(ConfigError, match="numba"):
         Engine.from_model(family_model("llama").half(), attention="numba")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there(model_dir: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=device):
+        Engine.load(model_dir, device=device)
 
 
 def test_a_small_cache_shortens_the_default_context(family_model: Any) -> None:

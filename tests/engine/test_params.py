@@ -26,6 +26,10 @@ WRONG: list[tuple[str, Any]] = [
     ("top_p", 0.0),
     ("top_p", 1.1),
     ("top_k", -2),
+    ("top_k", 2**63),
+    ("temperature", 10**400),
+    ("stop_token_ids", [2**64]),
+    ("logit_bias", {2**70: 1}),
     ("min_p", 2.0),
     ("n", 0),
     ("seed", "x"),
@@ -69,7 +73,14 @@ def test_params_survive_the_wire() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"dtype": "int8"}, {"max_num_seqs": 0}, {"block_size": 1.5}, {"max_model_len": 1}, {"speed": 9}],
+    [
+        {"dtype": "int8"},
+        {"max_num_seqs": 0},
+        {"block_size": 1.5},
+        {"max_model_len": 1},
+        {"seed": -1},
+        {"speed": 9},
+    ],
 )
 def test_wrong_settings_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(fields))):

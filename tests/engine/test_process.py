@@ -58,7 +58,7 @@ async def test_life_of_an_engine(engine: AsyncEngine, model_dir: Path) -> None:
 
     # A bad request fails alone, beside a good one.
     good = asyncio.create_task(collect(engine, "dog", greedy(30)))
-    for bad in ([5] * 300, [], [999]):
+    for bad in ([5] * 300, [], [999], [5.0], [2**70], "\udcff"):
         with pytest.raises(RequestError):
             await collect(engine, bad, greedy(5))
     assert (await good)[1] == expected[1].token_ids
@@ -113,6 +113,12 @@ async def test_kill_is_noticed_at_once_by_everyone(engine: AsyncEngine) -> None:
         await collect(engine, "the", greedy(5))
 
 
+async def test_a_command_that_cannot_be_read_is_no_silence(engine: AsyncEngine) -> None:
+    engine._writer.write(b"\x01\x00\x00\x00\xc1")
+    with pytest.raises(EngineDeadError):
+        await collect(engine, "the", greedy(150))
+
+
 async def test_close_drains_if_asked_to(model_dir: Path) -> None:
     engine = await AsyncEngine.start(model_dir, **SETTINGS)
     task = asyncio.create_task(collect(engine, "the", greedy(100)))
@@ -132,6 +138,16 @@ async def test_close_at_once_ends_what_runs(model_dir: Path) -> None:
     with contextlib.suppress(EngineDeadError):
         assert [o.finish_reason async for o in stream][-1] == "abort"
     assert not engine.is_alive
+
+
+@pytest.mark.slow
+async def test_close_does_not_wait_for_an_engine_that_does_not_read(model_dir: Path) -> None:
+    engine = await AsyncEngine.start(model_dir, **SETTINGS)
+    os.kill(engine.pid, signal.SIGSTOP)
+    engine._writer.write(bytes(1 << 22))  # more than the socket holds, as from very many requests
+    async with asyncio.timeout(30):
+        await engine.close()
+    assert not psutil.pid_exists(engine.pid)
 
 
 async def test_what_fails_in_loading_is_raised_here(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 from hearth.engine import wire
 from hearth.engine.config import EngineConfig
 from hearth.engine.outputs import EngineStats, RequestOutput
-from hearth.engine.params import SamplingParams
+from hearth.engine.params import SamplingParams, check_prompt
 from hearth.errors import EngineDeadError, EngineError, HearthError, RequestError
 from hearth.threads import limit_spinning
 
@@ -226,6 +226,7 @@ class AsyncEngine:
         if name in self._queues:
             raise RequestError(f"request id {name!r} is in use", param="request_id")
         prompt_ids = self.encode(prompt)
+        check_prompt(prompt_ids, self.max_model_len, int(self.model_info["vocab_size"]))
         queue: asyncio.Queue[RequestOutput | HearthError] = asyncio.Queue()
         self._queues[name] = queue
         unfinished = params.n
@@ -267,9 +268,9 @@ class AsyncEngine:
         self._closing = True
         if hasattr(self, "_listener") and self._dead is None and self._process.poll() is None:
             loaded = self._ready.done() and self._ready.exception() is None
-            with contextlib.suppress(EngineDeadError, OSError):
+            with contextlib.suppress(EngineDeadError, OSError):  # a TimeoutError is an OSError
                 self._send(wire.Shutdown(drain))
-                await self._writer.drain()
+                await asyncio.wait_for(self._writer.drain(), _KILL_AFTER)
             if loaded:
                 timeout = None if drain else _KILL_AFTER
                 with contextlib.suppress(TimeoutError):

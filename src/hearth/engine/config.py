@@ -52,7 +52,7 @@ class EngineConfig:
             raise ConfigError(f"attention is {self.attention!r}", fix="use auto, numba or torch")
         for name, low in (("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("block_size", 1)):
             _at_least(name, getattr(self, name), low)
-        for name, low in (("max_model_len", 2), ("kv_cache_memory", 1), ("num_threads", 1)):
+        for name, low in (("max_model_len", 2), ("kv_cache_memory", 1), ("num_threads", 1), ("seed", 0)):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), low)
 

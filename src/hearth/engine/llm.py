@@ -24,7 +24,7 @@ from hearth.engine.loading import LoadedModel, eos_token_ids, load
 from hearth.engine.memory import DEFAULT_SHARE, available_memory
 from hearth.engine.norm import fuse_norms
 from hearth.engine.outputs import Completion, EngineStats, RequestOutput, TokenLogprob
-from hearth.engine.params import SamplingParams
+from hearth.engine.params import SamplingParams, check_prompt
 from hearth.engine.plan import Plan
 from hearth.engine.pool import BlockPool
 from hearth.engine.request import Request
@@ -78,7 +78,7 @@ class Engine:
         self.runner = _make_runner(model, specs, num_blocks, config)
         if self.runner.layers[0].use_numba:
             fuse_norms(model)
-        self.runner.self_test(self.vocab_size)
+        self.runner.self_test(self.vocab_size, self.max_model_len)
         self.pool = BlockPool(num_blocks, config.block_size, prefix_cache=config.prefix_cache)
         self.scheduler = Scheduler(
             self.pool, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
@@ -194,7 +194,7 @@ class Engine:
         """Compute one plan; what each of its sequences gained.
 
         An exception inside the model or the sampler ends the requests of the plan with finish_reason
-        "error", and the engine goes on.
+        "error", and the engine goes on. So it does after a KeyboardInterrupt, which is passed on.
         """
         plan = self.scheduler.schedule()
         if not plan:
@@ -206,6 +206,9 @@ class Engine:
             sampled = sample(logits_RV, [sequence.sampling for sequence in sequences]) if sequences else None
         except Exception as error:  # noqa: BLE001 - whatever broke, the other requests must live
             return self._fail(plan, error)
+        except BaseException:  # Ctrl-C
+            self._drop(plan, "abort")
+            raise
         if sampled is None:
             return []
         return [
@@ -276,13 +279,15 @@ class Engine:
     def _fail(self, plan: Plan, error: Exception) -> list[RequestOutput]:
         logger.error("an engine step failed; its %d requests end", len(plan.rows), exc_info=error)
         self._num_failed_steps += 1
-        self.scheduler.fail_step(plan)
-        outputs = []
-        for row in plan.rows:
-            output = self._end(self._sequences[row.request.key], "error")
+        outputs = self._drop(plan, "error")
+        for output in outputs:
             output.error = f"{type(error).__name__}: {error}"
-            outputs.append(output)
         return outputs
+
+    def _drop(self, plan: Plan, reason: str) -> list[RequestOutput]:
+        """End the sequences of a plan that broke off, and forget the blocks that it may have half written."""
+        self.scheduler.fail_step(plan, reason)
+        return [self._end(self._sequences[row.request.key], reason) for row in plan.rows]
 
     # -- convenience -------------------------------------------------------------------------------------
     def generate(
@@ -398,24 +403,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def check_prompt(prompt: Sequence[int], max_model_len: int, vocab_size: int) -> None:
-    """Raise `RequestError` if this prompt cannot be completed by at least one token."""
-    if not prompt:
-        raise RequestError("the prompt is empty", fix="give at least one token", param="prompt")
-    if len(prompt) >= max_model_len:
-        raise RequestError(
-            f"the prompt has {len(prompt)} tokens; the context of {max_model_len} must hold the answer too",
-            fix=f"shorten it to at most {max_model_len - 1} tokens, or load with a larger max_model_len",
-            param="prompt",
-        )
-    for token_id in prompt:
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-            raise RequestError(
-                f"the prompt has token id {token_id!r}, outside the vocabulary of {vocab_size}",
-                param="prompt",
-            )
 
 
 def _make_runner(

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hearth.engine.config import EngineConfig
-from hearth.errors import EngineError
+from hearth.errors import ConfigError, EngineError
 from hearth.models import load_model, load_tokenizer, resolve_reference
 
 
@@ -40,9 +40,19 @@ def load(reference: str | Path, config: EngineConfig) -> LoadedModel:
 
 
 def choose_device(name: str) -> torch.device:
+    """The device of this name; raises `ConfigError` if there is no such device here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device is {name!r}", fix="use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {name!r}, and torch sees {torch.cuda.device_count()} GPUs",
+            fix="use auto or cpu; `hearth doctor` says why a GPU is not seen",
+        )
+    return device
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from hearth.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
+_TOO_LARGE = 2**63  # for tensors and for the wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,8 @@ class SamplingParams:
     max_tokens: tokens to generate at most; None means up to the model's context.
     min_tokens: no end-of-sequence, stop token or stop string ends the text before this many tokens.
     temperature: 0 is greedy. top_p in (0, 1]; top_k 0 (or -1) is off; min_p in [0, 1].
-    seed: makes the request reproducible, whatever else is in the batch; sequence i of n draws from (seed, i).
+    seed: sequence i of n throws the dice of (seed, i), whatever else is in the batch; the logits that they
+        meet may differ in their last digits with the size of the batch.
     stop: texts that end the generation and are not part of it. stop_token_ids: likewise, as ids.
     repetition_penalty: > 1 discourages tokens of prompt and output (CTRL, arXiv 1909.05858).
     presence_penalty, frequency_penalty: OpenAI's, over the output only.
@@ -109,6 +111,24 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
+def check_prompt(prompt: Sequence[int], max_model_len: int, vocab_size: int) -> None:
+    """Raise `RequestError` if this prompt cannot be completed by at least one token."""
+    if not prompt:
+        raise RequestError("the prompt is empty", fix="give at least one token", param="prompt")
+    if len(prompt) >= max_model_len:
+        raise RequestError(
+            f"the prompt has {len(prompt)} tokens; the context of {max_model_len} must hold the answer too",
+            fix=f"shorten it to at most {max_model_len - 1} tokens, or load with a larger max_model_len",
+            param="prompt",
+        )
+    for token_id in prompt:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"the prompt has token id {token_id!r}, outside the vocabulary of {vocab_size}",
+                param="prompt",
+            )
+
+
 def _set(target: SamplingParams, name: str, value: object) -> None:
     object.__setattr__(target, name, value)
 
@@ -123,13 +143,15 @@ def _integer(name: str, value: object, low: int, high: int | None) -> None:
     allowed = f"at least {low}" if high is None else f"between {low} and {high}"
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(f"{name} is {value!r}; it must be a whole number, {allowed}", param=name)
+    if high is None and value >= _TOO_LARGE:
+        raise RequestError(f"{name} is {value}; it must be less than 2^63", param=name)
     if value < low or (high is not None and value > high):
         raise RequestError(f"{name} is {value}; it must be {allowed}", param=name)
 
 
 def _number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> None:
     allowed = f"{'above' if low_open else 'at least'} {low:g} and at most {high:g}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
         raise RequestError(f"{name} is {value!r}; it must be a number {allowed}", param=name)
     if not low <= value <= high or (low_open and value == low):
-        raise RequestError(f"{name} is {value:g}; it must be {allowed}", param=name)
+        raise RequestError(f"{name} is {value}; it must be {allowed}", param=name)

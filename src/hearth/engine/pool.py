@@ -3,7 +3,8 @@
 A block is in exactly one of three states, and ``free + cached + used = total`` always holds:
 free (no content of value), cached (no owner, but its content can be found by hash; given out last, least
 recently used first), used (one or more owners). Only full blocks of committed tokens are ever shared, so a
-shared block is never written. Block ids are plain integers; the tensors live in `hearth.engine.kv`.
+shared block is never written. Block ids are plain integers; the tensors live in
+`hearth.engine.attention.layer`.
 """
 
 from __future__ import annotations

@@ -40,7 +40,12 @@ class CommandReader(threading.Thread):
             except OSError:
                 # No clean-up: there is nobody to tell, and the main thread may be deep in a kernel.
                 os._exit(0)
-            self.commands.put(wire.decode_command(body))
+            try:
+                self.commands.put(wire.decode_command(body))
+            except ValueError:
+                # A deaf engine would look alive: better that everyone who waits is told that it is gone.
+                logger.critical("a command that cannot be read", exc_info=True)
+                os._exit(1)
 
     def _read(self, length: int) -> bytes:
         parts = bytearray()

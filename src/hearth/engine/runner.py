@@ -75,7 +75,7 @@ class Runner:
         return logits.float()
 
     @torch.inference_mode()
-    def self_test(self, vocab_size: int) -> None:
+    def self_test(self, vocab_size: int, max_model_len: int) -> None:
         """Compare chunks through the paged cache with one pass of transformers' eager attention.
 
         It sees what reading the config cannot: a state outside the cache, positions taken from elsewhere, a
@@ -84,7 +84,7 @@ class Runner:
         chunks: tuple[int, ...] = (17, 5, 1, 1)  # the long path, the tiled path, and two decodes
         total = sum(chunks)
         size = self.step.block_size
-        if self.layers[0].keys.shape[0] * size < total:
+        if min(self.layers[0].keys.shape[0] * size, max_model_len) < total:
             chunks = (1, 1)
             total = 2
         token_ids = torch.randint(
