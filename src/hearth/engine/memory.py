@@ -22,15 +22,24 @@ def available_memory(device: torch.device) -> int:
     return available if limit is None else min(available, limit)
 
 
-def _cgroup_free() -> int | None:
-    """What the control group of this process leaves, if it has a limit (cgroup v2, then v1)."""
-    for limit_file, usage_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+def _cgroup_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the control group of this process leaves, if it has a limit (cgroup v2, then v1).
+
+    Its usage counts files that were read, such as the weights; what the kernel would drop of them is free.
+    """
+    for limit, usage, stat, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
     ):
         try:
-            limit = int(Path(limit_file).read_text())
-            return max(0, limit - int(Path(usage_file).read_text()))
+            left = int((root / limit).read_text()) - int((root / usage).read_text())
+            counts = dict(line.split() for line in (root / stat).read_text().splitlines())
+            return max(0, left + int(counts.get(cached, 0)))
         except (OSError, ValueError):
             continue  # absent, or the word "max"
     return None
