@@ -92,6 +92,20 @@ def test_a_streamed_completion_offsets_continue() -> None:
     assert offsets == [0, 2, 3]
 
 
+def test_offsets_of_a_stream_are_those_of_the_whole() -> None:
+    """Text that is held back, because it may begin a stop text, comes later than its token."""
+    deltas = [
+        Delta(0, "", 1, (TokenLogprob("ab", -0.1),)),
+        Delta(0, "abc", 1, (TokenLogprob("c", -0.1),)),
+        Delta(0, "d", 1, (TokenLogprob("d", -0.1),), "length"),
+    ]
+    dialect = CompletionDialect(HEADING, logprobs=True, include_usage=False)
+    chunks = stream(dialect, deltas, 1)
+    offsets = [offset for chunk in chunks for offset in chunk["choices"][0]["logprobs"]["text_offset"]]
+    whole = dialect.whole(grow(deltas, 1), USAGE)
+    assert offsets == whole["choices"][0]["logprobs"]["text_offset"] == [0, 2, 3]
+
+
 def test_plain_answers() -> None:
     dialect = PlainDialect(HEADING)
     one = dialect.whole(grow([DELTAS[0], DELTAS[2]], 1), USAGE)

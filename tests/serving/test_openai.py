@@ -259,6 +259,10 @@ async def test_leaving_a_stream_frees_the_engine(async_client: AsyncOpenAI, serv
         ({"extra_body": {"beam": 3}}, "beam", "unknown_parameter"),
         ({"logit_bias": {"100000": 1}}, "logit_bias", None),
         ({"logit_bias": {"word": 1}}, "logit_bias", None),
+        # Numbers larger than those of the wire and of tensors.
+        ({"logit_bias": {str(2**70): 1}}, "logit_bias", None),
+        ({"extra_body": {"top_k": 2**63}}, "top_k", None),
+        ({"prompt": [2**70]}, "prompt", None),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"extra_body": {"min_tokens": 50}}, "min_tokens", None),
     ],

@@ -70,6 +70,16 @@ def test_a_number_of_json_that_is_no_number_is_refused() -> None:
         parse(b'{"prompt": "x", "temperature": NaN}', CompletionRequest)
 
 
+def test_a_number_beyond_every_float_is_refused() -> None:
+    for read, body in (
+        (lambda body: parse(body, CompletionRequest), b'{"temperature": 1e400}'),
+        (routing_fields, b'{"model": 1e400}'),
+    ):
+        with pytest.raises(HttpError, match="out of range") as caught:
+            read(body)
+        assert caught.value.status == 400
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe\x00", b'{"prompt": "x"} trailing'])
 def test_what_is_not_json_is_refused(body: bytes) -> None:
     with pytest.raises(HttpError) as caught:

@@ -200,7 +200,8 @@ class CompletionDialect:
     def delta(self, delta: Delta) -> dict[str, Any]:
         """A ``text_completion`` with the new text."""
         offset = self._offsets.get(delta.choice, self._echo_length(delta.choice))
-        self._offsets[delta.choice] = offset + len(delta.text)
+        # By tokens, not by text, which may be held back: the same numbers as in the whole answer.
+        self._offsets[delta.choice] = offset + sum(len(entry.token) for entry in delta.logprobs)
         choice = {
             "index": delta.choice,
             "text": delta.text,

@@ -253,7 +253,10 @@ def _explain(text: str, body: bytes, kind: type[msgspec.Struct]) -> HttpError:
 
 def _value_at(body: bytes, param: str) -> str | None:
     """The short scalar at ``a.b[0].c`` of the body, as JSON; text of people is not repeated."""
-    value: Any = msgspec.json.decode(body)
+    try:
+        value: Any = msgspec.json.decode(body)
+    except msgspec.DecodeError:  # a number out of range, which is what is being explained
+        return None
     for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", param):
         try:
             value = value[int(index)] if index else value[name]

@@ -2,8 +2,7 @@
 
 The promise of a version is that it answers as it did in training, so a version of the registry is served only
 if its bytes match their hashes and its newest parity report, made here in the dtype that will be served, has
-passed. A plain directory makes
-no such promise; it is served with a note.
+passed. A plain directory makes no such promise; it is served with a note.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hearth.errors import ServingError
+from hearth.errors import ServingError, StorageError
 from hearth.serving.gateway.access import Access
 from hearth.serving.gateway.policy import RestartPolicy
 from hearth.telemetry import names
@@ -245,6 +245,17 @@ async def test_models_of_like_names_have_workers_of_their_own(start_gateway, wor
         for name in models:
             model = stats["models"][name]
             assert model["worker"]["pid"] == model["pid"]
+
+
+async def test_keys_that_cannot_be_checked_are_an_error_and_not_a_pass(start_gateway) -> None:
+    def verify(_: str) -> bool:
+        raise StorageError("the database is locked")
+
+    async with start_gateway(access=Access(verify=verify)) as running:
+        headers = {"authorization": "Bearer hk-some-key"}
+        async with running.session.get(running.url + "/v1/models", headers=headers) as response:
+            assert response.status == 500
+            assert (await response.json())["error"]["type"] == "server_error"
 
 
 async def test_draining_refuses_new_requests_and_aborting_ends_open_ones(start_gateway) -> None:

@@ -306,9 +306,11 @@ class _Guard:
             authorization = dict(scope["headers"]).get(b"authorization")
             try:
                 await self._access.check(authorization.decode("latin-1") if authorization else None)
-            except HttpError as error:
+            except Exception as error:
+                if not isinstance(error, HttpError):  # the database of the keys does not answer
+                    log.exception("a key could not be checked")
                 if scope["path"] in GENERATION_PATHS:
                     scope["state"]["route"] = scope["path"]
-                await send_error(send, error)
+                await send_error(send, to_http_error(error))
                 return
         await self._app(scope, receive, send)

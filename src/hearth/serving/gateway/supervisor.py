@@ -86,7 +86,7 @@ class Worker:
                 if not self.first_start.done():
                     self.first_start.set_result(None)
                 self.problem = await self._watch()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001
                 # Whatever it is, such as too many open files, nobody may be left waiting for this worker.
                 failure = error if isinstance(error, HearthError) else self._unexpected(error)
                 self.problem = failure.message

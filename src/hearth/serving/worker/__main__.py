@@ -1,6 +1,6 @@
 """Start a worker: `python -m hearth.serving.worker --model DIR --uds PATH` (or `--port N`).
 
-Light on purpose: the engine's process, started by spawn, imports this module again.
+Light on purpose: what is heavy is imported once the arguments are known to be sound.
 """
 
 from __future__ import annotations
