@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,12 @@ def test_a_server_gives_the_same_answers(models: dict[str, Path]) -> None:
             done = hearth_chat(*common, "--model", name, text="hello\nmore\n")
             assert answers(done) == local[key]
             assert ("no chat template" in done.stderr) == (key == "base")
+        # Without a length of its own, a continuation leaves room for the text in a context of 256.
+        unlimited = subprocess.run(
+            [sys.executable, "-m", "hearth", "chat", *common, "--model", "mute"],
+            input="hello\n", capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert len(answers(unlimited)) == 1
         several = hearth_chat(*common, text="hello\n")
         assert several.returncode == 1
         assert "chatty, mute" in several.stderr
@@ -97,6 +104,19 @@ def test_wrong_input(models: dict[str, Path]) -> None:
         assert done.returncode == 2
         assert says in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("handler", "says"), [("strict", "not UTF-8"), ("surrogateescape", "valid Unicode")])
+def test_what_is_no_text(models: dict[str, Path], handler: str, says: str) -> None:
+    """How Python reads such bytes depends on the locale; neither way may end in a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hearth", "chat", str(models["chat"])],
+        input=b"\xff\xfe\n", capture_output=True, timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": f"utf-8:{handler}"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert says in done.stderr.decode()
+    assert b"Traceback" not in done.stderr
 
 
 class Scripted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,16 @@ def test_wrong_options_exit_2(model_dir: Path, arguments: list[str], words: str)
     result = hearth(model_dir, "Hi", *arguments)
     assert result.returncode == 2
     assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_what_the_template_refuses_exits_2(model_dir: Path, tmp_path: Path) -> None:
+    refusing = shutil.copytree(model_dir, tmp_path / "refusing")
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system texts') }}{% endif %}"
+    (refusing / "chat_template.jinja").write_text(refusal + TEMPLATE)
+    result = hearth(refusing, "Hi", "--chat", "--system", "Be brief.")
+    assert result.returncode == 2
+    assert "no system texts" in result.stderr
     assert "Traceback" not in result.stderr
 
 

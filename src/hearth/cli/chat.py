@@ -13,13 +13,15 @@ from typing import Any, Protocol
 import click
 
 from hearth.cli.output import note
-from hearth.errors import HearthError, RequestError, ServingError
+from hearth.errors import HearthError, InputError, RequestError, ServingError
 
 HELP = """\
 /reset          forget the conversation
 /system TEXT    set the system text (and reset); without TEXT, drop it
 /help           this
 /exit           leave (so does Ctrl-D); Ctrl-C stops an answer"""
+
+_REMOTE_TOKENS = 256  # of a continuation by a server, whose own default is 16 tokens
 
 NO_TEMPLATE = "note: {} has no chat template; it continues your text instead, without memory"
 
@@ -110,7 +112,8 @@ class RemoteTalker:
             api_key=api_key or os.environ.get("HEARTH_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none",
         )
         with self._errors(url):
-            known = [entry.id for entry in self._client.models.list()]
+            entries = list(self._client.models.list())
+        known = [entry.id for entry in entries]
         if model is None:
             if len(known) != 1:
                 raise ServingError(
@@ -118,6 +121,10 @@ class RemoteTalker:
                 )
             model = known[0]
         self.name = model
+        # Our servers and others say how long a context is; where none is said, there is room for an answer.
+        contexts = [getattr(entry, "max_model_len", None) for entry in entries if entry.id == model]
+        context = next((length for length in contexts if isinstance(length, int)), 2 * _REMOTE_TOKENS)
+        self._max_tokens = max(1, min(_REMOTE_TOKENS, context // 2))
 
     def chat(self, messages: list[dict[str, str]], settings: Settings) -> Generator[str, None, None]:
         """Stream a chat completion; falls back to plain completion when the model has no template."""
@@ -140,7 +147,7 @@ class RemoteTalker:
     def complete(self, text: str, settings: Settings) -> Generator[str, None, None]:
         """Stream a completion."""
         options = self._options(settings)
-        options.setdefault("max_tokens", 256)
+        options.setdefault("max_tokens", self._max_tokens)
         with self._errors(self.name):
             stream: Any = self._client.completions.create(
                 model=self.name, prompt=text, stream=True, **options
@@ -219,7 +226,7 @@ class Conversation:
 @click.option("--model", "remote_model", help="With --url: the model's name there, if it serves several.")
 @click.option("--api-key", help="With --url: the key. Default: $HEARTH_API_KEY.")
 @click.option("--system", help="A system text before the conversation.")
-@click.option("--max-tokens", type=int, help="Longest answer.  [default: 512, or what the context leaves]")
+@click.option("--max-tokens", type=int, help="Longest answer.  [default: what the context leaves]")
 @click.option("--temperature", type=float, help="0 takes the likeliest token.  [default: 0.7]")
 @click.option("--seed", type=int, help="Makes answers reproducible.")
 @click.option(
@@ -287,8 +294,10 @@ def _talk(conversation: Conversation, *, as_json: bool, interactive: bool) -> No
 def _read_line(interactive: bool) -> str | None:
     """The next line, or None at the end of input."""
     if not interactive:
-        line = sys.stdin.readline()
-        return line or None
+        try:
+            return sys.stdin.readline() or None
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input is not UTF-8: {error}") from None
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() history and editing
     try:

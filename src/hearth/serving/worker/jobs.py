@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from hearth.engine import SamplingParams
 from hearth.models import encode_chat, encode_text
 from hearth.serving import protocol
@@ -196,13 +194,7 @@ class JobMaker:
                 code="no_chat_template",
             )
         num_characters = sum(len(turn["content"]) for turn in messages)
-        try:
-            return await self._call(num_characters, lambda: encode_chat(self._tokenizer, messages))
-        except TemplateError as error:
-            raise HttpError(
-                400, f"the model's chat template refuses these messages: {error}", param="messages",
-                code="invalid_value",
-            ) from None  # fmt: skip
+        return await self._call(num_characters, lambda: encode_chat(self._tokenizer, messages))
 
     @staticmethod
     async def _call(num_characters: int, work: Callable[[], list[int]]) -> list[int]:
