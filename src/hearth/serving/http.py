@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from starlette.requests import Request
@@ -37,6 +38,7 @@ JSON_TYPE = "application/json"
 SSE_TYPE = "text/event-stream; charset=utf-8"
 SSE_DONE = b"data: [DONE]\n\n"
 
+_HEADER_SAFE = " !#$&'()*+,/:;=?@[]"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TYPES = {
     400: "invalid_request_error",
@@ -243,7 +245,8 @@ class Envelope:
                 names = {name.lower() for name, _ in message["headers"]}
                 extra = {REQUEST_ID_HEADER: request_id, MODEL_HEADER: facts.get("model_version")}
                 message["headers"] = list(message["headers"]) + [
-                    (name.encode(), value.encode("latin-1"))
+                    # A model may be called in any script; a header holds ASCII.
+                    (name.encode(), quote(value, safe=_HEADER_SAFE).encode())
                     for name, value in extra.items()
                     if value and name.encode() not in names
                 ]

@@ -258,6 +258,13 @@ async def test_keys_that_cannot_be_checked_are_an_error_and_not_a_pass(start_gat
             assert (await response.json())["error"]["type"] == "server_error"
 
 
+async def test_a_model_may_have_a_name_of_any_script(start_gateway, worker_spec) -> None:
+    async with start_gateway(worker_spec("模型")) as running:
+        status, body, headers = await running.post(prompt="hi", model="模型")
+        assert (status, body["text"]) == (200, "hi")
+        assert headers["x-hearth-model"] == "%E6%A8%A1%E5%9E%8B@1"
+
+
 async def test_draining_refuses_new_requests_and_aborting_ends_open_ones(start_gateway) -> None:
     async with start_gateway() as running:
         open_request = asyncio.create_task(running.post(prompt="sleep"))
