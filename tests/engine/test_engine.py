@@ -220,6 +220,37 @@ def test_a_failing_step_ends_its_requests_and_not_the_engine(family_model: Any) 
             engine.generate([[13, 7]])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_fail_their_request_alone(family_model: Any, value: float) -> None:
+    """One token of the vocabulary with a broken embedding, in one batch with a sound request."""
+    model = family_model("llama")
+    prompts = [[13, 5, 6, 7] * 5, [5, 6, 7, 8] * 5]
+    with Engine.from_model(family_model("llama")) as sound:
+        expected = sound.generate([prompts[1]], greedy(max_tokens=6))[0].token_ids
+
+    def spoil(_: torch.nn.Module, arguments: tuple[torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        broken = (arguments[0] == 13) & (arguments[0].shape[-1] > 1)
+        return torch.where(broken[..., None], torch.full_like(hidden, value), hidden)
+
+    with Engine.from_model(model, block_size=8) as engine:
+        # After loading, whose own checks use random tokens.
+        model.get_input_embeddings().register_forward_hook(spoil)
+        for name, prompt in zip(("bad", "good"), prompts, strict=True):
+            engine.add_request(name, prompt, greedy(max_tokens=6))
+        outputs = []
+        while engine.has_work:
+            outputs += engine.step()
+            engine.scheduler.check()
+        bad = [o for o in outputs if o.request_id == "bad"]
+        assert [o.finish_reason for o in bad] == ["error"]
+        assert "NaN or infinite logits" in str(bad[0].error)
+        assert [t for o in outputs if o.request_id == "good" for t in o.token_ids] == expected
+        # The spoilt blocks cannot be found; the sound ones can.
+        for prompt, hits in zip(prompts, (0, 16), strict=True):
+            engine.add_request("again", prompt, greedy(max_tokens=1))
+            assert {o.num_cached_tokens for o in engine.step()} == {hits}
+
+
 def test_an_interrupted_step_leaves_nothing_in_the_prefix_cache(family_model: Any) -> None:
     """Ctrl-C between two layers: the blocks of the prompt are only half written."""
     prompt, model = [7] * 10 + [9] * 30, family_model("llama")

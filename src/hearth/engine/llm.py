@@ -203,6 +203,8 @@ class Engine:
         try:
             logits_RV = self.runner.execute(plan)
             sequences = [self._sequences[request.key] for request in plan.sampled]
+            # A maximum that is NaN or infinite: there is nothing to choose from. Masked tokens may be -inf.
+            sound = torch.isfinite(logits_RV.amax(dim=-1)).tolist() if sequences else []
             sampled = sample(logits_RV, [sequence.sampling for sequence in sequences]) if sequences else None
         except Exception as error:  # noqa: BLE001 - whatever broke, the other requests must live
             return self._fail(plan, error)
@@ -212,9 +214,9 @@ class Engine:
         if sampled is None:
             return []
         return [
-            self._append(sequence, token_id, logprob)
-            for sequence, token_id, logprob in zip(
-                sequences, sampled.token_ids, sampled.logprobs, strict=True
+            self._append(sequence, token_id, logprob) if is_sound else self._reject(sequence)
+            for sequence, token_id, logprob, is_sound in zip(
+                sequences, sampled.token_ids, sampled.logprobs, sound, strict=True
             )
         ]
 
@@ -275,6 +277,13 @@ class Engine:
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=request.num_cached,
         )
+
+    def _reject(self, sequence: _Sequence) -> RequestOutput:
+        """End a sequence for which the model computed NaN or infinity; nobody may reuse its blocks."""
+        self.pool.forget(sequence.request.block_ids)
+        output = self._end(sequence, "error")
+        output.error = "the model computed NaN or infinite logits for this request"
+        return output
 
     def _fail(self, plan: Plan, error: Exception) -> list[RequestOutput]:
         logger.error("an engine step failed; its %d requests end", len(plan.rows), exc_info=error)
