@@ -1,9 +1,9 @@
-"""The names of all metrics, spans, log events and their labels: the only module that holds them.
+"""The names of all metrics and their labels: the only module that holds them.
 
 Dashboards, alerts and the monitoring room refer to these constants, so a rename is one edit, seen by a test.
 Prometheus names carry the prefix ``hearth_`` and base units (seconds, bytes, ratios from 0 to 1); counters
-end in ``_total`` when exposed. OpenTelemetry names follow the GenAI conventions, which are still changing:
-they stay behind these constants too.
+end in ``_total`` when exposed. OpenTelemetry's GenAI names (``OTEL_PREFIX``) are still changing; whatever exports
+them keeps them here too, and a test finds them anywhere else.
 """
 
 from __future__ import annotations
@@ -47,21 +47,6 @@ GATEWAY_REJECTED: Final = "hearth_gateway_requests_rejected"
 GATEWAY_WORKER_UP: Final = "hearth_gateway_worker_up"
 GATEWAY_WORKER_RESTARTS: Final = "hearth_gateway_worker_restarts"
 GATEWAY_INFO: Final = "hearth_gateway_info"
-
-# OpenTelemetry, GenAI semantic conventions.
-SPAN_CHAT: Final = "chat"
-SPAN_TEXT_COMPLETION: Final = "text_completion"
-OTEL_OPERATION: Final = "gen_ai.operation.name"
-OTEL_PROVIDER: Final = "gen_ai.provider.name"
-OTEL_REQUEST_MODEL: Final = "gen_ai.request.model"
-OTEL_RESPONSE_MODEL: Final = "gen_ai.response.model"
-OTEL_RESPONSE_ID: Final = "gen_ai.response.id"
-OTEL_FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
-OTEL_INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
-OTEL_OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
-OTEL_SERVER_DURATION: Final = "gen_ai.server.request.duration"
-OTEL_SERVER_TTFT: Final = "gen_ai.server.time_to_first_token"
-OTEL_SERVER_TPOT: Final = "gen_ai.server.time_per_output_token"
 
 PREFIX: Final = "hearth_"
 OTEL_PREFIX: Final = "gen_ai."
