@@ -2,8 +2,8 @@
 
 Dashboards, alerts and the monitoring room refer to these constants, so a rename is one edit, seen by a test.
 Prometheus names carry the prefix ``hearth_`` and base units (seconds, bytes, ratios from 0 to 1); counters
-end in ``_total`` when exposed. OpenTelemetry's GenAI names (``OTEL_PREFIX``) are still changing; whatever exports
-them keeps them here too, and a test finds them anywhere else.
+end in ``_total`` when exposed. OpenTelemetry's GenAI names (``OTEL_PREFIX``) are still changing; whatever
+exports them keeps them here too, and a test finds them anywhere else.
 """
 
 from __future__ import annotations
