@@ -5,6 +5,7 @@ Legend: T query tokens of the step, H query heads, K KV heads, D/E key and value
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,32 @@ class LayerKV:
             from hearth.engine.attention.numba_path import NumbaLayer
 
             self.numba_layer = NumbaLayer(spec, self.keys, self.values)
+
+    @property
+    def _parts(self) -> tuple[torch.Tensor, ...]:
+        """Everything that belongs to a block; the first dimension of each tensor is the block."""
+        return (self.keys, self.values)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.nbytes for part in self._parts)
+
+    def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
+        """A copy of the raw content of these blocks, uint8 [n, bytes of a block], on the device."""
+        ids = torch.tensor(block_ids, dtype=torch.long, device=self.keys.device)
+        return torch.cat([part[ids].flatten(1).view(torch.uint8) for part in self._parts], dim=1)
+
+    def write_blocks(self, block_ids: Sequence[int], content: torch.Tensor) -> None:
+        """Overwrite blocks with what `read_blocks` gave, of this layer or of one with the same spec."""
+        ids = torch.tensor(block_ids, dtype=torch.long, device=self.keys.device)
+        content = content.to(self.keys.device)
+        first = 0
+        for part in self._parts:
+            width = part[0].nbytes
+            piece = content[:, first : first + width].contiguous().view(part.dtype)
+            part[ids] = piece.view(-1, *part.shape[1:])
+            first += width
+        assert first == content.shape[1], "content of blocks of another shape"
 
     def attend(
         self,
