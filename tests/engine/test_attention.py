@@ -98,7 +98,7 @@ def test_paged_attention_equals_plain_attention(name: str, numba: bool, dtype: t
         for i, (a, b) in enumerate(lengths):
             start, count = (0, a) if part == 0 else (a, b)
             if count:
-                rows.append(PlanRow(requests[i], start, count, (0,) * count, blocks[i], True))
+                rows.append(PlanRow(requests[i], start, count, (0,) * count, blocks[i], 1, True))
                 queries.append((i, rand(count, spec.num_heads, spec.key_dim)))
         step.fill(Plan(tuple(rows)))
         spans = [slice(row.start, row.end) for row in rows]
@@ -142,7 +142,7 @@ def test_threads_give_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
         rows = []
         for i, length in enumerate((9, 3, 14)):
             request = Request(str(i), 0, [0] * length, SamplingParams(), 1)
-            rows.append(PlanRow(request, 0, length, (0,) * length, (2 * i, 2 * i + 1), True))
+            rows.append(PlanRow(request, 0, length, (0,) * length, (2 * i, 2 * i + 1), 1, True))
         step.fill(Plan(tuple(rows)))
         shapes = ((26, 6, 16), (26, 2, 16), (26, 2, 16))
         outs.append(layer.attend(*(torch.randn(shape, generator=generator) for shape in shapes), None))

@@ -25,7 +25,7 @@ def make_request(name: str, prompt: list[int], max_new: int = 4) -> Request:
 def sample(scheduler: Scheduler, plan: Plan, next_token: Callable[[Request], int]) -> list[Request]:
     """Play the part of the model: one token to each row that samples; finish those that are full."""
     finished = []
-    for request in plan.sampled:
+    for request in [row.request for row in plan.rows if row.samples]:
         request.tokens.append(next_token(request))
         if request.num_output_tokens >= request.max_new_tokens:
             scheduler.finish(request, "length")

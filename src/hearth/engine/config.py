@@ -9,6 +9,9 @@ from typing import Any
 from hearth.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTIONS = ("auto", "native", "numba", "torch")
+WEIGHTS = ("auto", "int8", "int4")
+KV_DTYPES = ("auto", "int8", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,19 @@ class EngineConfig:
     block_size: tokens in a KV block.
     prefix_cache: reuse the blocks of a prompt that starts like an earlier one.
     prepack: rearrange the linear weights for the CPU's matrix units at load.
-    attention: "auto" chooses numba kernels on a CPU and torch elsewhere; "numba" and "torch" insist.
+    attention: "auto" chooses the quickest for device, dtype and shapes: compiled or numba kernels on a CPU,
+        torch elsewhere; "native", "numba" and "torch" insist.
+    native: use the compiled kernels where there is a compiler and a processor for them.
+    weights: "auto" as stored; "int8" (a scale per output channel) and "int4" (a scale per group of inputs)
+        compress the linear weights at load.
+    kv_dtype: keys and values in the model's dtype ("auto"), in "int8" on a CPU, or in "fp8" on a GPU.
+    swap_memory: bytes of ordinary memory to which the blocks of a preempted sequence may be copied, instead
+        of computing them anew; 0 always computes.
+    speculation: None; "ngram" drafts by looking for the last tokens in the text so far; anything else is a
+        reference to a draft model with the same vocabulary.
+    num_draft_tokens: tokens drafted at most in a step.
+    max_adapters: LoRA adapters that may be loaded at once.
+    tensor_parallel: processes that share each layer's work.
     seed: the engine's source of randomness for requests without a seed of their own.
     num_threads: CPU threads; None leaves torch's choice.
     """
@@ -42,15 +57,37 @@ class EngineConfig:
     prefix_cache: bool = True
     prepack: bool = True
     attention: str = "auto"
+    native: bool = True
+    weights: str = "auto"
+    kv_dtype: str = "auto"
+    swap_memory: int = 0
+    speculation: str | None = None
+    num_draft_tokens: int = 4
+    max_adapters: int = 8
+    tensor_parallel: int = 1
     seed: int | None = None
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype is {self.dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
-        if self.attention not in ("auto", "numba", "torch"):
-            raise ConfigError(f"attention is {self.attention!r}", fix="use auto, numba or torch")
-        for name, low in (("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("block_size", 1)):
+        for name, allowed in (
+            ("dtype", DTYPES),
+            ("attention", ATTENTIONS),
+            ("weights", WEIGHTS),
+            ("kv_dtype", KV_DTYPES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}", fix=f"use one of {', '.join(allowed)}"
+                )
+        for name, low in (
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("block_size", 1),
+            ("swap_memory", 0),
+            ("num_draft_tokens", 1),
+            ("max_adapters", 1),
+            ("tensor_parallel", 1),
+        ):
             _at_least(name, getattr(self, name), low)
         for name, low in (("max_model_len", 2), ("kv_cache_memory", 1), ("num_threads", 1), ("seed", 0)):
             if getattr(self, name) is not None:

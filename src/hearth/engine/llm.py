@@ -6,8 +6,8 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,37 +16,24 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hearth.engine import support
+from hearth.engine.assembly import assemble
+from hearth.engine.batch import Prompt, extend_completion, params_for, start_completion
+from hearth.engine.choose import Chosen, choose
 from hearth.engine.config import EngineConfig
 from hearth.engine.detokenize import Decode, Detokenizer, StopChecker, decoder_of
-from hearth.engine.linear import can_pack, pack_linears
 from hearth.engine.loading import LoadedModel, eos_token_ids, load
-from hearth.engine.memory import DEFAULT_SHARE, available_memory
-from hearth.engine.norm import fuse_norms
-from hearth.engine.outputs import Completion, EngineStats, RequestOutput, TokenLogprob
+from hearth.engine.outputs import Completion, EngineStats, RequestOutput
 from hearth.engine.params import SamplingParams, check_prompt
 from hearth.engine.plan import Plan
 from hearth.engine.pool import BlockPool
 from hearth.engine.request import Request
-from hearth.engine.runner import Runner
-from hearth.engine.sampler import SamplingState, sample
+from hearth.engine.sampler import SamplingState
 from hearth.engine.scheduler import Scheduler
-from hearth.errors import ConfigError, EngineError, RequestError
+from hearth.engine.sequences import Sequence
+from hearth.errors import EngineError, RequestError
 from hearth.models import encode_text
 
 logger = logging.getLogger(__name__)
-
-Prompt = str | Sequence[int]
-
-
-@dataclass
-class _Sequence:
-    """The side of a sequence that the scheduler does not see: its text and its dice."""
-
-    request: Request
-    sampling: SamplingState
-    detokenizer: Detokenizer | None
-    stops: StopChecker
 
 
 class Engine:
@@ -66,24 +53,15 @@ class Engine:
             torch.set_num_threads(config.num_threads)
         model = loaded.model.eval()
         self.config, self.tokenizer, self.path = config, loaded.tokenizer, loaded.path
-        text_config = model.config.get_text_config(decoder=True)
-        self.vocab_size = int(text_config.vocab_size)
+        self.vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
         self.eos_ids = eos_token_ids(model, loaded.tokenizer)
         self._decode: Decode | None = None if loaded.tokenizer is None else decoder_of(loaded.tokenizer)
-        specs = support.examine(model)
-        if config.prepack and can_pack(model.dtype, model.device):
-            pack_linears(model)
-        num_blocks, self.max_model_len = self._size_pool(model, text_config, specs)
-        support.pin_rope(model, self.max_model_len)
-        self.runner = _make_runner(model, specs, num_blocks, config)
-        if self.runner.layers[0].use_numba:
-            fuse_norms(model)
-        self.runner.self_test(self.vocab_size, self.max_model_len)
+        self.runner, num_blocks, self.max_model_len = assemble(model, config)
         self.pool = BlockPool(num_blocks, config.block_size, prefix_cache=config.prefix_cache)
         self.scheduler = Scheduler(
             self.pool, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
         )
-        self._sequences: dict[tuple[str, int], _Sequence] = {}
+        self._sequences: dict[tuple[str, int], Sequence] = {}
         self._seeds = np.random.Generator(np.random.Philox(config.seed))
         self._request_ids = (f"request-{i}" for i in itertools.count())
         self._finished: Counter[str] = Counter()
@@ -107,37 +85,6 @@ class Engine:
         """Run a model that is in memory already; the engine changes it and must be its only user."""
         return cls(LoadedModel(model, tokenizer), EngineConfig.of(**fields))
 
-    def _size_pool(
-        self, model: PreTrainedModel, text_config: Any, specs: Sequence[tuple[Any, Any]]
-    ) -> tuple[int, int]:
-        """Blocks of the pool and the longest sequence, from the model's limit and the free memory."""
-        config = self.config
-        limit = support.context_limit(text_config)
-        wanted = config.max_model_len or limit or 4096
-        hard = getattr(text_config, "max_position_embeddings", None) or limit
-        if hard and wanted > hard:
-            raise ConfigError(
-                f"max_model_len is {wanted}, but the model was made for {hard} positions",
-                fix=f"use max_model_len <= {hard}",
-            )
-        block_bytes = sum(spec.bytes_per_token(model.dtype) for _, spec in specs) * config.block_size
-        blocks_per_sequence = -(-wanted // config.block_size)
-        budget = config.kv_cache_memory
-        if budget is None:
-            budget = int(available_memory(model.device) * DEFAULT_SHARE)
-        num_blocks = min(blocks_per_sequence * config.max_num_seqs, budget // block_bytes)
-        if num_blocks >= blocks_per_sequence:
-            return num_blocks, wanted
-        fits = num_blocks * config.block_size
-        if config.max_model_len is not None or fits < 2:
-            raise ConfigError(
-                f"the KV cache has {budget} bytes, room for {fits} tokens; one sequence of max_model_len "
-                f"{wanted} needs {blocks_per_sequence * block_bytes} bytes",
-                fix="lower max_model_len, raise kv_cache_memory, or free memory",
-            )
-        logger.warning("max_model_len is %d instead of %d: the KV cache holds no more", fits, wanted)
-        return num_blocks, fits
-
     # -- requests ----------------------------------------------------------------------------------------
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; ids are passed through."""
@@ -149,7 +96,7 @@ class Engine:
             )
         return encode_text(self.tokenizer, prompt)
 
-    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+    def add_request(self, request_id: str, prompt_token_ids: SequenceOf[int], params: SamplingParams) -> None:
         """Queue a request; raises `RequestError` and changes nothing if it is invalid or can never fit."""
         prompt = list(prompt_token_ids)
         if any(key[0] == request_id for key in self._sequences):
@@ -161,11 +108,12 @@ class Engine:
         fallback_seed = int(self._seeds.integers(2**63))
         for index in range(params.n):
             request = Request(request_id, index, prompt, params, max_new_tokens)
-            self._sequences[request.key] = _Sequence(
+            self._sequences[request.key] = Sequence(
                 request,
                 SamplingState(params, prompt, index, self.eos_ids, fallback_seed),
                 Detokenizer(self._decode, prompt) if self._decode else None,
                 StopChecker(params.stop),
+                self.eos_ids,
             )
             self.scheduler.add(request)
         self._num_prompt_tokens += len(prompt)
@@ -202,83 +150,35 @@ class Engine:
         self._num_steps += 1
         try:
             logits_RV = self.runner.execute(plan)
-            sequences = [self._sequences[request.key] for request in plan.sampled]
-            # A maximum that is NaN or infinite: there is nothing to choose from. Masked tokens may be -inf.
-            sound = torch.isfinite(logits_RV.amax(dim=-1)).tolist() if sequences else []
-            sampled = sample(logits_RV, [sequence.sampling for sequence in sequences]) if sequences else None
+            chosen = choose(plan, logits_RV, lambda request: self._sequences[request.key])
         except Exception as error:  # noqa: BLE001 - whatever broke, the other requests must live
             return self._fail(plan, error)
         except BaseException:  # Ctrl-C
             self._drop(plan, "abort")
             raise
-        if sampled is None:
-            return []
-        return [
-            self._append(sequence, token_id, logprob) if is_sound else self._reject(sequence)
-            for sequence, token_id, logprob, is_sound in zip(
-                sequences, sampled.token_ids, sampled.logprobs, sound, strict=True
-            )
-        ]
+        return [self._settle(each) for each in chosen]
 
-    def _append(self, sequence: _Sequence, token_id: int, logprob: TokenLogprob | None) -> RequestOutput:
-        """Give a sequence its new token: text, stop conditions, and what to tell the caller."""
-        request, params = sequence.request, sequence.request.params
-        request.tokens.append(token_id)
-        sequence.sampling.append(token_id)
-        self._num_generated += 1
-        ended = token_id in params.stop_token_ids or (token_id in self.eos_ids and not params.ignore_eos)
-        reason = "stop" if ended else None
-        text = ""
-        if not ended and sequence.detokenizer is not None:
-            text = sequence.detokenizer.push(token_id)
-            if request.num_output_tokens >= params.min_tokens:
-                text, stopped = sequence.stops.push(text)
-                reason = "stop" if stopped else None
-        if reason is None and request.num_output_tokens >= request.max_new_tokens:
-            reason = "length"
-        if reason is not None:
-            return self._end(sequence, reason, text, [token_id], logprob, flush=ended or reason == "length")
-        return RequestOutput(
-            request_id=request.request_id,
-            index=request.index,
-            text=text,
-            token_ids=[token_id],
-            logprobs=None if logprob is None else [logprob],
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_cached_tokens=request.num_cached,
-        )
+    def _settle(self, chosen: Chosen) -> RequestOutput:
+        """Tell the scheduler what became of a row, and the caller what the sequence gained."""
+        sequence = chosen.sequence
+        if not chosen.is_sound:
+            return self._reject(sequence)
+        if sequence.reason is None:
+            self.scheduler.settle(sequence.request)
+        output = self._end(sequence, sequence.reason) if sequence.reason else sequence.flush_output()
+        self._num_generated += len(output.token_ids)
+        return output
 
-    def _end(
-        self,
-        sequence: _Sequence,
-        reason: str,
-        text: str = "",
-        token_ids: Sequence[int] = (),
-        logprob: TokenLogprob | None = None,
-        *,
-        flush: bool = False,
-    ) -> RequestOutput:
+    def _end(self, sequence: Sequence, reason: str) -> RequestOutput:
         request = sequence.request
-        if flush and sequence.detokenizer is not None:
-            shown, stopped = sequence.stops.push(sequence.detokenizer.flush())
-            text += shown if stopped else shown + sequence.stops.flush()
         if request.finish_reason is None:
             self.scheduler.finish(request, reason)
+        sequence.reason = reason
         self._finished[reason] += 1
         del self._sequences[request.key]
-        return RequestOutput(
-            request_id=request.request_id,
-            index=request.index,
-            text=text,
-            token_ids=list(token_ids),
-            logprobs=None if logprob is None else [logprob],
-            finished=True,
-            finish_reason=reason,
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_cached_tokens=request.num_cached,
-        )
+        return sequence.flush_output()
 
-    def _reject(self, sequence: _Sequence) -> RequestOutput:
+    def _reject(self, sequence: Sequence) -> RequestOutput:
         """End a sequence for which the model computed NaN or infinity; nobody may reuse its blocks."""
         self.pool.forget(sequence.request.block_ids)
         output = self._end(sequence, "error")
@@ -301,8 +201,8 @@ class Engine:
     # -- convenience -------------------------------------------------------------------------------------
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: str | SequenceOf[Prompt],
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
     ) -> list[Completion]:
         """Complete every prompt; completions in the order of the prompts, and of ``index`` within one.
 
@@ -310,7 +210,7 @@ class Engine:
         the step of one failed.
         """
         batch: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
-        each = _params_for(batch, params)
+        each = params_for(batch, params)
         ids = [self.encode(prompt) for prompt in batch]
         names = [next(self._request_ids) for _ in batch]
         completions: dict[tuple[str, int], Completion] = {}
@@ -318,12 +218,12 @@ class Engine:
             for name, prompt, prompt_ids, param in zip(names, batch, ids, each, strict=True):
                 self.add_request(name, prompt_ids, param)
                 for index in range(param.n):
-                    completions[name, index] = _start(prompt, prompt_ids, index, param)
+                    completions[name, index] = start_completion(prompt, prompt_ids, index, param)
             while any(not completion.finish_reason for completion in completions.values()):
                 for output in self.step():
                     completion = completions.get((output.request_id, output.index))
                     if completion is not None:
-                        _extend(completion, output)
+                        extend_completion(completion, output)
         except BaseException:
             for name in names:
                 self.abort(name)
@@ -412,63 +312,3 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _make_runner(
-    model: PreTrainedModel, specs: list[tuple[torch.nn.Module, Any]], num_blocks: int, config: EngineConfig
-) -> Runner:
-    numba = config.attention != "torch" and model.device.type == "cpu"
-    if numba:
-        try:
-            from hearth.engine.attention import numba_path
-        except ImportError:
-            if config.attention == "numba":
-                raise ConfigError(
-                    "attention is 'numba', but numba is not installed", fix="pip install numba"
-                ) from None
-            numba = False
-        else:
-            numba = numba_path.supports(model.dtype)
-    if config.attention == "numba" and not numba:
-        raise ConfigError(
-            f"attention is 'numba', which does not run {model.dtype} on {model.device}",
-            fix="use attention auto or torch",
-        )
-    try:
-        return Runner(model, specs, num_blocks=num_blocks, block_size=config.block_size, numba=numba)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise EngineError(
-            f"not enough memory for the KV cache: {error}", fix="set kv_cache_memory"
-        ) from error
-
-
-def _params_for(
-    batch: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * len(batch)
-    if len(params) != len(batch):
-        raise RequestError(f"{len(batch)} prompts but {len(params)} sampling parameters", param="params")
-    return list(params)
-
-
-def _start(prompt: Prompt, ids: list[int], index: int, params: SamplingParams) -> Completion:
-    return Completion(
-        prompt=prompt if isinstance(prompt, str) else None,
-        prompt_token_ids=ids,
-        text="",
-        token_ids=[],
-        finish_reason="",
-        logprobs=None if params.logprobs is None else [],
-        index=index,
-    )
-
-
-def _extend(completion: Completion, output: RequestOutput) -> None:
-    completion.text += output.text
-    completion.token_ids.extend(output.token_ids)
-    if completion.logprobs is not None and output.logprobs:
-        completion.logprobs.extend(output.logprobs)
-    completion.num_cached_tokens = output.num_cached_tokens
-    completion.error = output.error
-    completion.finish_reason = output.finish_reason or ""

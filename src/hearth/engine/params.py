@@ -15,6 +15,47 @@ _TOO_LARGE = 2**63  # for tensors and for the wire
 
 
 @dataclass(frozen=True, kw_only=True)
+class Guided:
+    """The form that an output must have: exactly one of these.
+
+    json: a JSON schema, as an object or as its text; ``{"type": "object"}`` is any JSON object.
+    regex: a regular expression that the whole output matches.
+    grammar: a context-free grammar in Lark's notation.
+    choice: the output is one of these texts.
+    """
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choice: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("json", "regex", "grammar") if getattr(self, name) is not None]
+        given += ["choice"] if self.choice else []
+        if len(given) != 1:
+            raise RequestError(
+                f"guided has {', '.join(given) or 'nothing'}; it must have exactly one form",
+                fix="give one of json, regex, grammar, choice",
+                param="guided",
+            )
+        if self.json is not None and not isinstance(self.json, dict | str):
+            raise RequestError(
+                f"guided.json is {self.json!r}; it must be a schema, as an object or its text", param="guided"
+            )
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise RequestError(
+                    f"guided.{name} is {value!r}; it must be a text that is not empty", param="guided"
+                )
+        object.__setattr__(self, "choice", _as_tuple("guided", self.choice))
+        if not all(isinstance(text, str) and text for text in self.choice):
+            raise RequestError(
+                f"guided.choice is {self.choice!r}; it must be texts that are not empty", param="guided"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to continue a prompt. Every wrong value raises `RequestError` naming the field.
 
@@ -29,6 +70,13 @@ class SamplingParams:
     logit_bias: added to the logits, by token id.
     logprobs: None, or how many most likely tokens to report at each position, 0 to 20. They are taken
         from the model's own distribution, before penalties, bias and temperature.
+    prompt_logprobs: likewise for the tokens of the prompt, the first one excepted.
+    best_of: generate so many sequences and return the n of the highest mean log-probability, when all are
+        done.
+    guided: the form that the output must have, see `Guided`.
+    priority: a lower number goes first; equals go in the order of arrival.
+    adapter: the name of a loaded LoRA adapter; None is the model itself.
+    cache_salt: only requests with the same salt share cached prefixes.
     """
 
     max_tokens: int | None = 16
@@ -47,6 +95,12 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    best_of: int | None = None
+    guided: Guided | None = None
+    priority: int = 0
+    adapter: str | None = None
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -63,8 +117,18 @@ class SamplingParams:
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.best_of is not None:
+            _integer("best_of", self.best_of, self.n, 128)
+        _integer("priority", self.priority, -(2**31), 2**31 - 1)
+        for name in ("adapter", "cache_salt"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise RequestError(f"{name} is {value!r}; it must be a text that is not empty", param=name)
+        if self.guided is not None and not isinstance(self.guided, Guided):
+            raise RequestError(f"guided is {self.guided!r}; it must be a Guided", param="guided")
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(
                 f"ignore_eos is {self.ignore_eos!r}; it must be true or false", param="ignore_eos"
@@ -103,6 +167,11 @@ class SamplingParams:
             ) from None
 
     @property
+    def num_sequences(self) -> int:
+        """Sequences that are generated; `n` of them are returned."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
@@ -129,7 +198,7 @@ def check_prompt(prompt: Sequence[int], max_model_len: int, vocab_size: int) -> 
             )
 
 
-def _set(target: SamplingParams, name: str, value: object) -> None:
+def _set(target: object, name: str, value: object) -> None:
     object.__setattr__(target, name, value)
 
 

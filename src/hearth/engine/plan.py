@@ -11,8 +11,11 @@ from hearth.engine.request import Request
 class PlanRow:
     """Compute tokens ``start … start + num_tokens - 1`` of one sequence.
 
+    token_ids: the tokens; the last ``num_drafts`` of them are guesses that the step will verify.
     block_ids: the blocks of the sequence at plan time, enough for ``start + num_tokens`` tokens.
-    samples: whether the last of these tokens is the sequence's last, so that its logits are wanted.
+    num_logits: how many of the last positions want logits: none; one to sample from; one and one more for
+        every draft; or more, where the log-probabilities of the prompt are wanted.
+    samples: whether the sequence's last token is among these, so that the step gives it at least one more.
     """
 
     request: Request
@@ -20,7 +23,9 @@ class PlanRow:
     num_tokens: int
     token_ids: tuple[int, ...]
     block_ids: tuple[int, ...]
+    num_logits: int
     samples: bool
+    num_drafts: int = 0
 
     @property
     def end(self) -> int:
@@ -37,11 +42,6 @@ class Plan:
     @property
     def num_tokens(self) -> int:
         return sum(row.num_tokens for row in self.rows)
-
-    @property
-    def sampled(self) -> tuple[Request, ...]:
-        """The sequences that get a token from this step, in the order of the logits."""
-        return tuple(row.request for row in self.rows if row.samples)
 
     def __bool__(self) -> bool:
         return bool(self.rows)

@@ -93,11 +93,21 @@ class BlockPool:
         """Make the full blocks of computed tokens findable. A block that exists already stays private."""
         if not self.prefix_cache:
             return
-        num_full = request.num_computed // self.block_size
+        # Drafts are not committed: the next tokens may be others.
+        num_full = min(request.num_computed, len(request.tokens)) // self.block_size
         self._extend_hashes(request, num_full)
         for i in range(request.num_committed, num_full):
             self._publish(request.block_ids[i], request.block_hashes[i])
         request.num_committed = max(request.num_committed, num_full)
+
+    def trim(self, request: Request) -> None:
+        """Take back blocks beyond the tokens of ``request``, which held drafts that were wrong."""
+        while len(request.block_ids) > self.blocks_for(len(request.tokens)):
+            block_id = request.block_ids.pop()
+            assert self._references[block_id] == 1
+            assert self._hash_of[block_id] is None
+            self._references[block_id] = 0
+            self._free.append(block_id)
 
     def release(self, request: Request) -> None:
         """Take all blocks of ``request`` back, last first, so that a prefix outlives its continuations."""

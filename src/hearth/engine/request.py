@@ -33,6 +33,7 @@ class Request:
     num_computed: int = 0
     num_committed: int = 0  # full blocks that the prefix cache has seen
     num_cached: int = 0  # prompt tokens found in the prefix cache when first admitted
+    draft_ids: list[int] = field(default_factory=list)  # guesses that the next step shall verify
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     state: RequestState = RequestState.WAITING
@@ -61,4 +62,10 @@ class Request:
 
     @property
     def num_uncomputed(self) -> int:
-        return len(self.tokens) - self.num_computed
+        """Tokens that the next step could compute, drafts among them."""
+        return len(self.tokens) + len(self.draft_ids) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all tokens but the one sampled last are computed."""
+        return len(self.tokens) - self.num_computed == 1

@@ -1,6 +1,6 @@
 """Runs plans on a transformers model: one forward pass over all tokens of a step.
 
-Legend: T tokens of the step, R sequences that sample, V vocabulary.
+Legend: T tokens of the step, R positions that want logits, V vocabulary.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -53,20 +54,12 @@ class Runner:
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> torch.Tensor:
-        """Compute the plan's tokens; float32 logits [R, V] of the sequences that sample, in plan order."""
+        """Compute the plan's tokens; float32 logits [R, V] of the positions that want them, in plan order."""
         self.step.fill(plan)
         token_ids = [token for row in plan.rows for token in row.token_ids]
         input_ids = torch.tensor([token_ids], device=self.device)
         positions = torch.from_numpy(self.step.positions_np).to(self.device)[None]
-        wanted = torch.tensor(
-            [
-                first + row.num_tokens - 1
-                for first, row in zip(self.step.firsts, plan.rows, strict=True)
-                if row.samples
-            ],
-            dtype=torch.long,
-            device=self.device,
-        )
+        wanted = torch.from_numpy(wanted_positions(plan)).to(self.device)
         arguments: dict[str, Any] = {}
         if self._slices_logits:
             arguments["logits_to_keep"] = wanted
@@ -101,7 +94,7 @@ class Runner:
         start = 0
         for count in chunks:
             end = start + count
-            row = PlanRow(request, start, count, tuple(token_ids[start:end]), blocks, samples=True)
+            row = PlanRow(request, start, count, tuple(token_ids[start:end]), blocks, 1, True)
             got = self.execute(Plan((row,)))[0]
             want = expected[end - 1].float()
             error = float((got - want).norm() / want.norm().clamp_min(1e-6))
@@ -111,3 +104,10 @@ class Runner:
                     f"its logits through the paged cache differ from its own by {error:.1%} at token {end}",
                 )
             start = end
+
+
+def wanted_positions(plan: Plan) -> np.ndarray:
+    """[R] where in the step the positions are whose logits are wanted."""
+    ends = np.cumsum([row.num_tokens for row in plan.rows])
+    parts = [np.arange(end - row.num_logits, end) for end, row in zip(ends, plan.rows, strict=True)]
+    return np.concatenate(parts)

@@ -52,10 +52,10 @@ class Scheduler:
         oldest first; then new sequences, unless this step had to preempt. An empty plan means no work.
         """
         step = _Step(self)
-        # One token each; two passes instead of a sort keep both groups in order of arrival.
+        # A token or a few each; two passes instead of a sort keep both groups in order of arrival.
         for decoding in (True, False):
             for request in list(self.running):
-                if request.state is RequestState.RUNNING and (request.num_uncomputed == 1) is decoding:
+                if request.state is RequestState.RUNNING and request.is_decoding is decoding:
                     step.continue_running(request)
         if not step.preempted and not step.starved:
             self._admit(step)
@@ -85,6 +85,7 @@ class Scheduler:
     def preempt(self, request: Request) -> None:
         """Take the blocks of a running sequence; it recomputes them when its turn comes again."""
         self.pool.release(request)
+        request.draft_ids.clear()
         self.running.remove(request)
         request.state = RequestState.WAITING
         request.num_preemptions += 1
@@ -93,6 +94,16 @@ class Scheduler:
             (i for i, r in enumerate(self.waiting) if r.arrival > request.arrival), len(self.waiting)
         )
         self.waiting.insert(position, request)
+
+    def settle(self, request: Request) -> None:
+        """Take note that a row that samples was executed and its new tokens were appended.
+
+        The last of them is not computed yet; what was computed beyond it, for drafts that were wrong, is void
+        and will be overwritten.
+        """
+        request.draft_ids.clear()
+        request.num_computed = len(request.tokens) - 1
+        self.pool.trim(request)
 
     def finish(self, request: Request, reason: str) -> None:
         """End a sequence, running or waiting, and free its blocks."""
@@ -127,8 +138,11 @@ class Scheduler:
             assert request.num_computed == 0
         for request in self.running:
             assert request.num_computed <= len(request.tokens)
+            assert not request.draft_ids or request.is_decoding
             assert self.pool.blocks_for(request.num_computed) <= len(request.block_ids)
-            assert len(request.block_ids) <= self.pool.blocks_for(len(request.tokens))
+            assert len(request.block_ids) <= self.pool.blocks_for(
+                len(request.tokens) + len(request.draft_ids)
+            )
 
 
 class _Step:
@@ -145,15 +159,19 @@ class _Step:
     def add(self, request: Request, num_tokens: int) -> None:
         assert 0 < num_tokens <= self.budget
         start = request.num_computed
-        request.num_computed += num_tokens
+        end = request.num_computed = start + num_tokens
+        num_drafts = max(0, end - len(request.tokens))
+        samples = end >= len(request.tokens)
         self.rows.append(
             PlanRow(
                 request=request,
                 start=start,
                 num_tokens=num_tokens,
-                token_ids=tuple(request.tokens[start : request.num_computed]),
+                token_ids=(*request.tokens[start:end], *request.draft_ids[:num_drafts]),
                 block_ids=tuple(request.block_ids),
-                samples=request.num_computed == len(request.tokens),
+                num_logits=1 + num_drafts if samples else 0,
+                samples=samples,
+                num_drafts=num_drafts,
             )
         )
         self.planned.add(request.key)

@@ -1,0 +1,74 @@
+"""One sequence as its caller sees it: its text, its dice, when it ends. The scheduler sees a `Request`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hearth.engine.detokenize import Detokenizer, StopChecker
+from hearth.engine.outputs import RequestOutput, TokenLogprob
+from hearth.engine.request import Request
+from hearth.engine.sampler import SamplingState
+
+
+@dataclass
+class Sequence:
+    """Takes the tokens of a step one by one; `flush_output` says what they add up to."""
+
+    request: Request
+    sampling: SamplingState
+    detokenizer: Detokenizer | None
+    stops: StopChecker
+    eos_ids: tuple[int, ...]
+    reason: str | None = None  # why it ended
+    _text: str = ""
+    _token_ids: list[int] = field(default_factory=list)
+    _logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def append(self, token_id: int, logprob: TokenLogprob | None) -> str | None:
+        """Take a new token; returns the reason if the sequence ends with it."""
+        assert self.reason is None
+        request, params = self.request, self.request.params
+        request.tokens.append(token_id)
+        self.sampling.append(token_id)
+        self._token_ids.append(token_id)
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        if token_id in params.stop_token_ids or (token_id in self.eos_ids and not params.ignore_eos):
+            self.reason = "stop"
+        elif self.detokenizer is not None:
+            text = self.detokenizer.push(token_id)
+            if request.num_output_tokens >= params.min_tokens:
+                text, stopped = self.stops.push(text)
+                if stopped:
+                    self._text += text
+                    self.reason = "stop"
+                    return self.reason
+            self._text += text
+        if self.reason is None and request.num_output_tokens >= request.max_new_tokens:
+            self.reason = "length"
+        if self.reason is not None:
+            self._flush_text()
+        return self.reason
+
+    def _flush_text(self) -> None:
+        """Show what was held back because a character or a stop text might have been completed."""
+        if self.detokenizer is not None:
+            shown, stopped = self.stops.push(self.detokenizer.flush())
+            self._text += shown if stopped else shown + self.stops.flush()
+
+    def flush_output(self) -> RequestOutput:
+        """What was gained since the last call."""
+        request = self.request
+        output = RequestOutput(
+            request_id=request.request_id,
+            index=request.index,
+            text=self._text,
+            token_ids=self._token_ids,
+            logprobs=None if request.params.logprobs is None else self._logprobs,
+            finished=self.reason is not None,
+            finish_reason=self.reason,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_cached_tokens=request.num_cached,
+        )
+        self._text, self._token_ids, self._logprobs = "", [], []
+        return output
