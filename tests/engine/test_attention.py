@@ -7,14 +7,13 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from hearth.engine.attention import numba_kernels, numba_path
+from hearth.engine.attention import numba_path
 from hearth.engine.attention.layer import LayerKV, LayerSpec
 from hearth.engine.attention.numba_path import split
 from hearth.engine.attention.step import StepContext
@@ -170,16 +169,3 @@ def test_compiled_kernels_are_found_by_the_next_process(tmp_path: Path) -> None:
         )
         found.append((done.stdout.split(), len(list(tmp_path.rglob("*.nbc")))))
     assert found == [(["0", "2"], 2), (["2", "0"], 2)]
-
-
-def test_without_a_home_compiled_kernels_share_one_folder_of_the_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folder = numba_kernels._temporary_folder()
-    assert numba_kernels._temporary_folder() == folder
-    assert folder.stat().st_mode & 0o777 == 0o700
-    folder.chmod(0o777)  # somebody else could have put code there
-    other = numba_kernels._temporary_folder()
-    assert other != folder
-    assert other.stat().st_mode & 0o777 == 0o700

@@ -14,16 +14,15 @@ B blocks of a sequence at most.
 # mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import stat
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from hearth.engine.caching import cache_folder
 
 # Reassociation lets LLVM vectorise the sums; infinities stay legal because masks are -inf.
 _FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -32,29 +31,8 @@ _NEGATIVE = np.float32(-1e30)
 
 def _prepare_cache() -> None:
     """Redirect numba to a folder of the user if compiled kernels cannot be kept beside this file."""
-    if os.environ.get("NUMBA_CACHE_DIR") or os.access(Path(__file__).parent, os.W_OK):
-        return
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = base / "hearth" / "numba"
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(folder)
-    except (OSError, RuntimeError):
-        folder = _temporary_folder()  # read-only home, as in many containers
-    os.environ["NUMBA_CACHE_DIR"] = str(folder)
-
-
-def _temporary_folder() -> Path:
-    """One folder a user, not one a process, which nobody would remove. Compiled code is run: never a folder
-    that someone else made or may write."""
-    folder = Path(tempfile.gettempdir()) / f"hearth-numba-{os.getuid()}"
-    with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        facts = folder.lstat()
-        if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022:
-            return folder
-    return Path(tempfile.mkdtemp(prefix="hearth-numba-"))
+    if not os.environ.get("NUMBA_CACHE_DIR") and not os.access(Path(__file__).parent, os.W_OK):
+        os.environ["NUMBA_CACHE_DIR"] = str(cache_folder("numba"))
 
 
 _prepare_cache()

@@ -1,0 +1,122 @@
+// How a product is shared out between threads and cut into pieces that fit the caches.
+#include "gemm.h"
+
+#include <omp.h>
+
+#include <cstring>
+
+namespace hearth {
+
+namespace {
+
+// Up to this many rows a dot-product kernel reads each weight once at memory speed; more go to the tiles.
+constexpr int64_t GEMV_ROWS = 4;
+// Inputs kept packed at a time, so that they stay in the second-level cache while weights stream past.
+constexpr int64_t INPUT_BYTES = 1 << 20;
+// With this many rows per thread, splitting rows reads no more weights than splitting columns, and saves
+// every thread from packing all of the input.
+constexpr int64_t SPLIT_ROWS = 512;
+
+int64_t input_bytes_per_row(const GemmArgs& args) { return args.K * 2; }  // quantised: a high and a low byte
+
+void finish_vector(const GemmArgs& args, __m512 value, int64_t row, int64_t column) {
+  const __mmask16 mask = mask16(args.N - column);
+  if (args.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, args.bias + column));
+  if (args.flags & GEMM_OUT_F32) {
+    float* out = (float*)args.out + row * args.out_stride + column;
+    if (args.flags & GEMM_ACCUMULATE) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, out));
+    _mm512_mask_storeu_ps(out, mask, value);
+  } else {
+    bf16* out = (bf16*)args.out + row * args.out_stride + column;
+    if (args.flags & GEMM_ACCUMULATE) value = _mm512_add_ps(value, widen(_mm256_maskz_loadu_epi16(mask, out)));
+    _mm256_mask_storeu_epi16(out, mask, narrow(value));
+  }
+}
+
+// Rows [row, row_end) x columns [column, column_end) with more rows than the dot-product kernels take.
+void blocked(const GemmArgs& args, int64_t row, int64_t row_end, int64_t column, int64_t column_end) {
+  const int64_t block_rows = max64(PANEL, INPUT_BYTES / input_bytes_per_row(args) / PANEL * PANEL);
+  const int64_t num_blocks = (row_end - row + block_rows - 1) / block_rows;
+  const int64_t rows_each = round_up((row_end - row + num_blocks - 1) / num_blocks, PANEL);
+  const int64_t panel_bytes = packed_bytes(args.kind, PANEL, args.K, args.group);
+  uint8_t* unpacked = nullptr;
+  if (args.kind == WEIGHT_INT4) unpacked = (uint8_t*)scratch(SCRATCH_B, packed_bytes(WEIGHT_INT8, PANEL, args.K, 0));
+  for (; row < row_end; row += rows_each) {
+    const int64_t num_rows = min64(rows_each, row_end - row);
+    PackedInput input;
+    const auto pack_input = args.kind == WEIGHT_BF16 ? pack_input_bf16 : pack_input_int8;
+    pack_input(args, row, num_rows, &input);
+    for (int64_t n = column; n < column_end; n += PANEL) {
+      const uint8_t* panel = (const uint8_t*)args.weight + n / PANEL * panel_bytes;
+      const uint8_t* next = panel + panel_bytes;
+      const int64_t next_bytes = n + PANEL < column_end ? panel_bytes : 0;
+      if (args.kind == WEIGHT_INT4) {
+        unpack_int4(args, n, unpacked);
+        panel = unpacked;
+      }
+      const auto compute = args.kind == WEIGHT_BF16 ? panel_bf16 : panel_int8;
+      compute(args, input, row, n, panel, next, next_bytes);
+    }
+  }
+}
+
+}  // namespace
+
+void finish_rows(const GemmArgs& args, const float* c, int64_t row, int64_t num_rows, int64_t column) {
+  for (int64_t r = 0; r < num_rows; ++r, c += PANEL) {
+    finish_vector(args, _mm512_loadu_ps(c), row + r, column);
+    if (column + 16 < args.N) finish_vector(args, _mm512_loadu_ps(c + 16), row + r, column + 16);
+  }
+}
+
+void gemm_part(const GemmArgs& args, int part, int num_parts) {
+  if (args.M <= 0 || args.N <= 0) return;
+  const int64_t num_panels = (args.N + PANEL - 1) / PANEL;
+  if (args.M > GEMV_ROWS && args.M >= SPLIT_ROWS * num_parts) {
+    const int64_t num_units = (args.M + PANEL - 1) / PANEL;
+    const int64_t row = part_begin(num_units, part, num_parts) * PANEL;
+    const int64_t row_end = min64(args.M, part_begin(num_units, part + 1, num_parts) * PANEL);
+    if (row < row_end) blocked(args, row, row_end, 0, num_panels * PANEL);
+    return;
+  }
+  const int64_t column = part_begin(num_panels, part, num_parts) * PANEL;
+  const int64_t column_end = part_begin(num_panels, part + 1, num_parts) * PANEL;
+  if (column >= column_end) return;
+  if (args.M > GEMV_ROWS)
+    blocked(args, 0, args.M, column, column_end);
+  else if (args.kind == WEIGHT_BF16)
+    gemv_bf16(args, column, column_end);
+  else
+    gemv_int8(args, column, column_end);
+}
+
+void gemm(const GemmArgs& args, int num_threads) {
+#pragma omp parallel num_threads(num_threads)
+  {
+    TileGuard tiles;
+    gemm_part(args, omp_get_thread_num(), omp_get_num_threads());
+  }
+}
+
+size_t packed_bytes(int kind, int64_t N, int64_t K, int group) {
+  const int64_t columns = round_up(N, PANEL);
+  if (kind == WEIGHT_BF16) return columns * round_up(K, 32) * 2;
+  const int64_t depth = round_up(K, 64);
+  if (kind == WEIGHT_INT8) return columns * depth;
+  return columns * (depth / 2 + depth / group * 2);
+}
+
+}  // namespace hearth
+
+using namespace hearth;
+
+extern "C" int64_t hearth_packed_bytes(int kind, int64_t N, int64_t K, int group) {
+  return (int64_t)packed_bytes(kind, N, K, group);
+}
+
+// For what the arguments are see GemmArgs; x_stride and out_stride in elements.
+extern "C" void hearth_gemm(int kind, int group, int flags, int num_threads, const void* x, int64_t x_stride,
+                            const void* weight, const float* scale, const float* bias, void* out,
+                            int64_t out_stride, int64_t M, int64_t N, int64_t K) {
+  gemm({(const bf16*)x, x_stride, weight, scale, bias, out, out_stride, M, N, K, kind, group, flags}, num_threads);
+}
