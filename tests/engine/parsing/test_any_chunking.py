@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hearth.engine.parsing import REASONING_FORMATS, TOOL_FORMATS, Event, Parser, Style
@@ -116,6 +116,7 @@ def pieces_of(text: str, cuts: Iterable[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: f"{style.reasoning}-{style.tools}")
+@settings(deadline=None)
 @given(text=texts, cuts=cuts, opened=st.booleans(), known=st.booleans())
 def test_any_chunking_is_the_whole(
     tools: dict[str, Any], style: Style, text: str, cuts: list[int], opened: bool, known: bool
@@ -158,6 +159,7 @@ def check(make: Callable[[], Parser], text: str) -> None:
             assert isinstance(json.loads(arguments), dict)
 
 
+@settings(deadline=None)
 @given(text=texts, cuts=cuts)
 @example(text="", cuts=[])
 def test_a_forced_call_is_all_arguments(text: str, cuts: list[int]) -> None:
@@ -167,6 +169,7 @@ def test_a_forced_call_is_all_arguments(text: str, cuts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: f"{style.reasoning}-{style.tools}")
+@settings(deadline=None)
 @given(text=st.text(alphabet=st.characters(exclude_characters="<[{|", codec="utf-8"), min_size=1))
 def test_text_without_markers_is_content(style: Style, text: str) -> None:
     assert Parser.of(style).parse(text).content == text
