@@ -109,3 +109,10 @@ def test_what_may_be_a_stop_is_held_back() -> None:
     assert checker.push("hello <en") == ("hello ", False)
     assert checker.push("try") == ("<entry", False)
     assert checker.push("<end> more") == ("", True)
+
+
+def test_special_tokens_are_text_where_they_are_asked_for(tokenizer) -> None:
+    special = tokenizer.eos_token_id
+    ids = [*tokenizer("a", add_special_tokens=False)["input_ids"], special]
+    assert tokenizer.eos_token not in decoder_of(tokenizer)(ids)
+    assert decoder_of(tokenizer, skip_special_tokens=False)(ids).endswith(tokenizer.eos_token)

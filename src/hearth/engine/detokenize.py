@@ -18,13 +18,14 @@ _PROMPT_TAIL = 6  # tokens of the prompt that open the window
 _MAX_TAIL = 24
 
 
-def decoder_of(tokenizer: Any) -> Decode:
-    """A function ids → text without special tokens, and without cosmetic clean-up that needs what follows."""
+def decoder_of(tokenizer: Any, *, skip_special_tokens: bool = True) -> Decode:
+    """A function ids → text, without cosmetic clean-up that needs what follows."""
     backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
+    skip = skip_special_tokens
     if backend is not None:
-        return lambda ids: str(backend.decode(list(ids), skip_special_tokens=True))
+        return lambda ids: str(backend.decode(list(ids), skip_special_tokens=skip))
     return lambda ids: str(
-        tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
     )
 
 

@@ -106,12 +106,15 @@ class Engine:
         room = self.max_model_len - len(prompt)
         max_new_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         fallback_seed = int(self._seeds.integers(2**63))
+        decode = self._decode
+        if decode is not None and not params.skip_special_tokens:
+            decode = decoder_of(self.tokenizer, skip_special_tokens=False)
         for index in range(params.n):
             request = Request(request_id, index, prompt, params, max_new_tokens)
             self._sequences[request.key] = Sequence(
                 request,
                 SamplingState(params, prompt, index, self.eos_ids, fallback_seed),
-                Detokenizer(self._decode, prompt) if self._decode else None,
+                Detokenizer(decode, prompt) if decode else None,
                 StopChecker(params.stop),
                 self.eos_ids,
             )

@@ -77,6 +77,7 @@ class SamplingParams:
     priority: a lower number goes first; equals go in the order of arrival.
     adapter: the name of a loaded LoRA adapter; None is the model itself.
     cache_salt: only requests with the same salt share cached prefixes.
+    skip_special_tokens: leave special tokens out of the text; some formats of tool calls are written in them.
     """
 
     max_tokens: int | None = 16
@@ -101,6 +102,7 @@ class SamplingParams:
     priority: int = 0
     adapter: str | None = None
     cache_salt: str | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -129,10 +131,10 @@ class SamplingParams:
                 raise RequestError(f"{name} is {value!r}; it must be a text that is not empty", param=name)
         if self.guided is not None and not isinstance(self.guided, Guided):
             raise RequestError(f"guided is {self.guided!r}; it must be a Guided", param="guided")
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(
-                f"ignore_eos is {self.ignore_eos!r}; it must be true or false", param="ignore_eos"
-            )
+        for name in ("ignore_eos", "skip_special_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise RequestError(f"{name} is {value!r}; it must be true or false", param=name)
         if len(self.stop) > MAX_STOPS:
             raise RequestError(
                 f"stop has {len(self.stop)} texts; at most {MAX_STOPS} are allowed", param="stop"
