@@ -1,73 +1,48 @@
 // How a product is shared out between threads and cut into pieces that fit the caches.
-#include "gemm.h"
-
 #include <omp.h>
 
-#include <cstring>
+#include "gemm_inner.h"
 
 namespace hearth {
 
 namespace {
 
-// Up to this many rows a dot-product kernel reads each weight once at memory speed; more go to the tiles.
-constexpr int64_t GEMV_ROWS = 4;
-// Inputs kept packed at a time, so that they stay in the second-level cache while weights stream past.
-constexpr int64_t INPUT_BYTES = 1 << 20;
+// Input kept packed at a time, so that it stays in the second-level cache while weights stream past.
+constexpr int64_t INPUT_BYTES = (1 << 20) + (1 << 18);
 // With this many rows per thread, splitting rows reads no more weights than splitting columns, and saves
 // every thread from packing all of the input.
 constexpr int64_t SPLIT_ROWS = 512;
 
-int64_t input_bytes_per_row(const GemmArgs& args) { return args.K * 2; }  // quantised: a high and a low byte
-
-void finish_vector(const GemmArgs& args, __m512 value, int64_t row, int64_t column) {
-  const __mmask16 mask = mask16(args.N - column);
-  if (args.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, args.bias + column));
-  if (args.flags & GEMM_OUT_F32) {
-    float* out = (float*)args.out + row * args.out_stride + column;
-    if (args.flags & GEMM_ACCUMULATE) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, out));
-    _mm512_mask_storeu_ps(out, mask, value);
-  } else {
-    bf16* out = (bf16*)args.out + row * args.out_stride + column;
-    if (args.flags & GEMM_ACCUMULATE) value = _mm512_add_ps(value, widen(_mm256_maskz_loadu_epi16(mask, out)));
-    _mm256_mask_storeu_epi16(out, mask, narrow(value));
-  }
-}
-
-// Rows [row, row_end) x columns [column, column_end) with more rows than the dot-product kernels take.
+// Rows [row, row_end) x columns [column, column_end), of more than GEMV_ROWS rows.
 void blocked(const GemmArgs& args, int64_t row, int64_t row_end, int64_t column, int64_t column_end) {
-  const int64_t block_rows = max64(PANEL, INPUT_BYTES / input_bytes_per_row(args) / PANEL * PANEL);
-  const int64_t num_blocks = (row_end - row + block_rows - 1) / block_rows;
-  const int64_t rows_each = round_up((row_end - row + num_blocks - 1) / num_blocks, PANEL);
+  const bool is_bf16 = args.kind == WEIGHT_BF16;
+  const auto pack_input = is_bf16 ? pack_input_bf16 : pack_input_int8;
+  const auto compute = use_amx() ? tiles_panel : is_bf16 ? vectors_bf16 : vectors_int8;
+  const int64_t most = max64(PANEL, INPUT_BYTES / (args.K * 2) / PANEL * PANEL);
+  const int64_t num_blocks = (row_end - row + most - 1) / most;
+  const int64_t block_rows = round_up((row_end - row + num_blocks - 1) / num_blocks, PANEL);
   const int64_t panel_bytes = packed_bytes(args.kind, PANEL, args.K, args.group);
   uint8_t* unpacked = nullptr;
   if (args.kind == WEIGHT_INT4) unpacked = (uint8_t*)scratch(SCRATCH_B, packed_bytes(WEIGHT_INT8, PANEL, args.K, 0));
-  for (; row < row_end; row += rows_each) {
-    const int64_t num_rows = min64(rows_each, row_end - row);
+  for (; row < row_end; row += block_rows) {
     PackedInput input;
-    const auto pack_input = args.kind == WEIGHT_BF16 ? pack_input_bf16 : pack_input_int8;
-    pack_input(args, row, num_rows, &input);
+    pack_input(args, row, min64(block_rows, row_end - row), &input);
     for (int64_t n = column; n < column_end; n += PANEL) {
-      const uint8_t* panel = (const uint8_t*)args.weight + n / PANEL * panel_bytes;
-      const uint8_t* next = panel + panel_bytes;
-      const int64_t next_bytes = n + PANEL < column_end ? panel_bytes : 0;
+      Panel panel;
+      panel.weight = (const uint8_t*)args.weight + n / PANEL * panel_bytes;
+      panel.column = n;
+      panel.next = panel.weight + panel_bytes;
+      panel.next_bytes = n + PANEL < column_end ? panel_bytes : 0;
       if (args.kind == WEIGHT_INT4) {
         unpack_int4(args, n, unpacked);
-        panel = unpacked;
+        panel.weight = unpacked;
       }
-      const auto compute = args.kind == WEIGHT_BF16 ? panel_bf16 : panel_int8;
-      compute(args, input, row, n, panel, next, next_bytes);
+      compute(args, input, row, panel);
     }
   }
 }
 
 }  // namespace
-
-void finish_rows(const GemmArgs& args, const float* c, int64_t row, int64_t num_rows, int64_t column) {
-  for (int64_t r = 0; r < num_rows; ++r, c += PANEL) {
-    finish_vector(args, _mm512_loadu_ps(c), row + r, column);
-    if (column + 16 < args.N) finish_vector(args, _mm512_loadu_ps(c + 16), row + r, column + 16);
-  }
-}
 
 void gemm_part(const GemmArgs& args, int part, int num_parts) {
   if (args.M <= 0 || args.N <= 0) return;
