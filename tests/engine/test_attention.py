@@ -76,12 +76,12 @@ def test_paged_attention_equals_plain_attention(name: str, numba: bool, dtype: t
 
     num_blocks = 60
     step = StepContext(BLOCK, torch.device("cpu"))
-    layer = LayerKV(spec, step, num_blocks, dtype, numba=numba)
-    layer.keys.fill_(float("nan"))  # what was never written must never be read
-    layer.values.fill_(float("nan"))
+    layer = LayerKV(spec, step, num_blocks, dtype, path="numba" if numba else "torch")
+    layer.pool.keys.fill_(float("nan"))  # what was never written must never be read
+    layer.pool.values.fill_(float("nan"))
     if not numba:
-        layer.keys.zero_()
-        layer.values.zero_()
+        layer.pool.keys.zero_()
+        layer.pool.values.zero_()
     sinks = rand(spec.num_heads).float() if spec.sinks else None
     free = list(range(num_blocks))
     rng.shuffle(free)
@@ -136,7 +136,7 @@ def test_threads_give_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(numba_path, "_WORTH_A_THREAD", worth)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
         step = StepContext(BLOCK, torch.device("cpu"))
-        layer = LayerKV(spec, step, 8, torch.float32, numba=True)
+        layer = LayerKV(spec, step, 8, torch.float32, path="numba")
         generator = torch.Generator().manual_seed(0)
         rows = []
         for i, length in enumerate((9, 3, 14)):

@@ -5,15 +5,18 @@ Legend: T query tokens of the step, H query heads, K KV heads, D/E key and value
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hearth.engine.attention.step import StepContext
+
+if TYPE_CHECKING:
+    from hearth.engine.attention.native_path import NativeLayer
 
 NAME = "hearth_paged"
 SLOT = "_hearth_kv"  # the attribute of an attention module that holds its LayerKV
@@ -57,52 +60,82 @@ class LayerSpec:
     softcap: float = 0.0
     sinks: bool = False
 
-    def bytes_per_token(self, dtype: torch.dtype) -> int:
+    def bytes_per_token(self, dtype: torch.dtype, kv_dtype: str = "auto") -> int:
+        """Bytes of one token's keys and values, in the model's dtype or as int8 with two float32 scales."""
+        if kv_dtype == "int8":
+            return self.num_kv_heads * (self.key_dim + self.value_dim + 2 * torch.float32.itemsize)
         return self.num_kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Pool:
+    """The memory of one layer's blocks; the first dimension of every tensor is the block.
+
+    Keys [blocks, K, S, D] and values [blocks, K, S, E]; for the compiled kernels as attention.h says. int8
+    ones have a float32 scale for each token and head, [blocks, K, S]: x = scale * q.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
+
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        every = (self.keys, self.values, self.key_scales, self.value_scales)
+        return [part for part in every if part is not None]
+
+
+class Attend(Protocol):
+    """Store the step's keys and values, then attend; returns [T, H, E]."""
+
+    def __call__(
+        self,
+        step: StepContext,
+        query_THD: torch.Tensor,
+        key_TKD: torch.Tensor,
+        value_TKE: torch.Tensor,
+        sinks_H: torch.Tensor | None,
+    ) -> torch.Tensor: ...
+
+
 class LayerKV:
-    """The paged keys and values of one layer: [blocks, K, S, D] and [blocks, K, S, E]."""
+    """The paged keys and values of one layer, and the way to attend to them.
+
+    path: "native", "numba" or "torch", see `choice.choose_path`. kv_dtype: "auto" or "int8".
+    """
 
     def __init__(
-        self, spec: LayerSpec, step: StepContext, num_blocks: int, dtype: torch.dtype, *, numba: bool
+        self,
+        spec: LayerSpec,
+        step: StepContext,
+        num_blocks: int,
+        dtype: torch.dtype,
+        *,
+        path: str,
+        kv_dtype: str = "auto",
     ) -> None:
-        self.spec = spec
-        self.step = step
-        size = step.block_size
-        self.keys = _zeros((num_blocks, spec.num_kv_heads, size, spec.key_dim), dtype, step.device)
-        self.values = _zeros((num_blocks, spec.num_kv_heads, size, spec.value_dim), dtype, step.device)
-        self.use_numba = numba
-        if numba:
-            from hearth.engine.attention.numba_path import NumbaLayer
-
-            self.numba_layer = NumbaLayer(spec, self.keys, self.values)
+        self.spec, self.step, self.path = spec, step, path
+        self.num_blocks = num_blocks
+        self.pool = _make_pool(spec, step, num_blocks, dtype, path=path, kv_dtype=kv_dtype)
+        self._attend: Attend = _make_attend(path)(spec, self.pool, step.block_size)
 
     @property
-    def _parts(self) -> tuple[torch.Tensor, ...]:
-        """Everything that belongs to a block; the first dimension of each tensor is the block."""
-        return (self.keys, self.values)
+    def attention_name(self) -> str:
+        """What computes this layer: "native-amx", "native-avx512", "numba" or "torch"."""
+        if self.path != "native":
+            return self.path
+        from hearth.engine.native import library
+
+        native = library()
+        return f"native-{native.isa if native else ''}"
 
     @property
-    def num_bytes(self) -> int:
-        return sum(part.nbytes for part in self._parts)
+    def native(self) -> NativeLayer | None:
+        """The arguments to the compiled kernels, if they compute this layer."""
+        from hearth.engine.attention.native_path import NativeLayer
 
-    def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
-        """A copy of the raw content of these blocks, uint8 [n, bytes of a block], on the device."""
-        ids = torch.tensor(block_ids, dtype=torch.long, device=self.keys.device)
-        return torch.cat([part[ids].flatten(1).view(torch.uint8) for part in self._parts], dim=1)
-
-    def write_blocks(self, block_ids: Sequence[int], content: torch.Tensor) -> None:
-        """Overwrite blocks with what `read_blocks` gave, of this layer or of one with the same spec."""
-        ids = torch.tensor(block_ids, dtype=torch.long, device=self.keys.device)
-        content = content.to(self.keys.device)
-        first = 0
-        for part in self._parts:
-            width = part[0].nbytes
-            piece = content[:, first : first + width].contiguous().view(part.dtype)
-            part[ids] = piece.view(-1, *part.shape[1:])
-            first += width
-        assert first == content.shape[1], "content of blocks of another shape"
+        return self._attend if isinstance(self._attend, NativeLayer) else None
 
     def attend(
         self,
@@ -112,12 +145,61 @@ class LayerKV:
         sinks_H: torch.Tensor | None,
     ) -> torch.Tensor:
         """Store the step's keys and values, then attend; returns [T, H, E]."""
-        if self.use_numba:
-            return self.numba_layer(self.step, query_THD, key_TKD, value_TKE, sinks_H)
-        from hearth.engine.attention.torch_path import attend, store
+        return self._attend(self.step, query_THD, key_TKD, value_TKE, sinks_H)
 
-        store(self.step, self.keys, self.values, key_TKD, value_TKE)
-        return attend(self.step, self.spec, self.keys, self.values, query_THD, sinks_H)
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.nbytes for part in self.pool.parts)
+
+    def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
+        """A copy of the raw content of these blocks, uint8 [n, bytes of a block], on the device."""
+        ids = torch.tensor(block_ids, dtype=torch.long, device=self.step.device)
+        return torch.cat([part[ids].flatten(1).view(torch.uint8) for part in self.pool.parts], dim=1)
+
+    def write_blocks(self, block_ids: Sequence[int], content: torch.Tensor) -> None:
+        """Overwrite blocks with what `read_blocks` gave, of this layer or of one with the same spec."""
+        ids = torch.tensor(block_ids, dtype=torch.long, device=self.step.device)
+        content = content.to(self.step.device)
+        first = 0
+        for part in self.pool.parts:
+            width = part[0].nbytes
+            piece = content[:, first : first + width].contiguous().view(part.dtype)
+            part[ids] = piece.view(-1, *part.shape[1:])
+            first += width
+        assert first == content.shape[1], "content of blocks of another shape"
+
+
+def _make_pool(
+    spec: LayerSpec, step: StepContext, num_blocks: int, dtype: torch.dtype, *, path: str, kv_dtype: str
+) -> Pool:
+    K, S = spec.num_kv_heads, step.block_size
+    key_shape: tuple[int, ...] = (K, S, spec.key_dim)
+    value_shape: tuple[int, ...] = (K, S, spec.value_dim)
+    if path == "native":
+        from hearth.engine.attention.native_path import pool_shapes
+
+        key_shape, value_shape = pool_shapes(spec, S)
+    stored = torch.int8 if kv_dtype == "int8" else dtype
+
+    def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return _zeros((num_blocks, *shape), dtype, step.device)
+
+    scales = [zeros((K, S), torch.float32) for _ in range(2)] if kv_dtype == "int8" else [None, None]
+    return Pool(zeros(key_shape, stored), zeros(value_shape, stored), *scales)
+
+
+def _make_attend(path: str) -> Callable[[LayerSpec, Pool, int], Attend]:
+    if path == "native":
+        from hearth.engine.attention.native_path import NativeLayer
+
+        return NativeLayer
+    if path == "numba":
+        from hearth.engine.attention.numba_path import NumbaLayer
+
+        return NumbaLayer
+    from hearth.engine.attention.torch_path import TorchLayer
+
+    return TorchLayer
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

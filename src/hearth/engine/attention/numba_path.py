@@ -18,7 +18,7 @@ from hearth.engine.attention import numba_kernels, torch_path
 from hearth.engine.attention.step import StepContext
 
 if TYPE_CHECKING:
-    from hearth.engine.attention.layer import LayerSpec
+    from hearth.engine.attention.layer import LayerSpec, Pool
 
 # Query tokens of a sequence from which gathering for torch's matrix-unit kernels is quicker than the numba
 # kernel, which reads the context anew for every query token.
@@ -41,10 +41,9 @@ def view(tensor: torch.Tensor) -> np.ndarray:
 class NumbaLayer:
     """The compiled kernels of one layer and its pool as numpy arrays."""
 
-    def __init__(self, spec: LayerSpec, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.spec = spec
-        self.keys, self.values = keys, values
-        self.keys_np, self.values_np = view(keys), view(values)
+    def __init__(self, spec: LayerSpec, pool: Pool, block_size: int) -> None:
+        self.spec, self.pool = spec, pool
+        self.keys_np, self.values_np = view(pool.keys), view(pool.values)
         self.scale = np.float32(spec.scale)
         self.cap = np.float32(spec.softcap)
         self.sinks: np.ndarray = np.zeros(0, np.float32)
@@ -52,7 +51,7 @@ class NumbaLayer:
             spec.key_dim,
             spec.value_dim,
             spec.num_heads // spec.num_kv_heads,
-            keys.shape[2],
+            block_size,
             softcap=bool(spec.softcap),
             sinks=spec.sinks,
         )
@@ -77,7 +76,7 @@ class NumbaLayer:
         for sequence in work.long:
             span = slice(step.firsts[sequence], step.firsts[sequence] + step.counts[sequence])
             out_THE[span] = torch_path.prefill(
-                step, self.spec, self.keys, self.values, query_THD[span], sequence, sinks_H
+                step, self.spec, self.pool, query_THD[span], sequence, sinks_H
             )
         return out_THE.to(query_THD.dtype)
 

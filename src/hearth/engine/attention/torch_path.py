@@ -14,48 +14,72 @@ import torch.nn.functional as F
 from hearth.engine.attention.step import StepContext
 
 if TYPE_CHECKING:
-    from hearth.engine.attention.layer import LayerSpec
+    from hearth.engine.attention.layer import LayerSpec, Pool
 
 
-def store(
-    step: StepContext,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    key_TKD: torch.Tensor,
-    value_TKE: torch.Tensor,
-) -> None:
+class TorchLayer:
+    """One layer's pool, read by gathering."""
+
+    def __init__(self, spec: LayerSpec, pool: Pool, block_size: int) -> None:
+        self.spec, self.pool = spec, pool
+
+    def __call__(
+        self,
+        step: StepContext,
+        query_THD: torch.Tensor,
+        key_TKD: torch.Tensor,
+        value_TKE: torch.Tensor,
+        sinks_H: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Store the step's keys and values, then attend: sequences with one query token as one batch, the
+        others one by one; returns [T, H, E]."""
+        spec, pool = self.spec, self.pool
+        store(step, pool, key_TKD, value_TKE)
+        out_THE = query_THD.new_empty(query_THD.shape[0], spec.num_heads, spec.value_dim)
+        decoding = [i for i, count in enumerate(step.counts) if count == 1]
+        if decoding:
+            rows = torch.tensor([step.firsts[i] for i in decoding], device=query_THD.device)
+            out_THE[rows] = _decode(step, spec, pool, query_THD[rows], decoding, sinks_H)
+        for i, count in enumerate(step.counts):
+            if count > 1:
+                span = slice(step.firsts[i], step.firsts[i] + count)
+                out_THE[span] = prefill(step, spec, pool, query_THD[span], i, sinks_H)
+        return out_THE
+
+
+def store(step: StepContext, pool: Pool, key_TKD: torch.Tensor, value_TKE: torch.Tensor) -> None:
     """Write the step's keys and values into their slots."""
     blocks_T, offsets_T = step.slots()
-    keys[blocks_T, :, offsets_T] = key_TKD
-    values[blocks_T, :, offsets_T] = value_TKE
+    for content, stored, scales in (
+        (key_TKD, pool.keys, pool.key_scales),
+        (value_TKE, pool.values, pool.value_scales),
+    ):
+        if scales is not None:
+            content, scales[blocks_T, :, offsets_T] = quantise(content)
+        stored[blocks_T, :, offsets_T] = content
 
 
-def attend(
-    step: StepContext,
-    spec: LayerSpec,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    query_THD: torch.Tensor,
-    sinks_H: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attend over the pool; sequences with one query token as one batch, the others one by one."""
-    out_THE = query_THD.new_empty(query_THD.shape[0], spec.num_heads, spec.value_dim)
-    decoding = [i for i, count in enumerate(step.counts) if count == 1]
-    if decoding:
-        rows = torch.tensor([step.firsts[i] for i in decoding], device=query_THD.device)
-        out_THE[rows] = _decode(step, spec, keys, values, query_THD[rows], decoding, sinks_H)
-    for i, count in enumerate(step.counts):
-        if count > 1:
-            span = slice(step.firsts[i], step.firsts[i] + count)
-            out_THE[span] = prefill(step, spec, keys, values, query_THD[span], i, sinks_H)
-    return out_THE
+def quantise(x_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [T, K, D] and float32 scales [T, K]: x = scale * q, symmetric, |q| <= 127."""
+    x_TKD = x_TKD.float()
+    largest_TK = x_TKD.abs().amax(dim=2)
+    # What is no number must stay none: it is the engine's sign that a request went wrong.
+    inverse_TK = torch.where(torch.isfinite(largest_TK) & (largest_TK > 0), 127 / largest_TK, 0.0)
+    q_TKD = (x_TKD.nan_to_num() * inverse_TK[..., None]).round().to(torch.int8)
+    return q_TKD, largest_TK / 127
+
+
+def _gather(stored: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Blocks as numbers of ``dtype``: [*blocks.shape, K, S, D]."""
+    if scales is None:
+        return stored[blocks]
+    return (stored[blocks] * scales[blocks].unsqueeze(-1)).to(dtype)
 
 
 def _decode(
     step: StepContext,
     spec: LayerSpec,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    pool: Pool,
     query_NHD: torch.Tensor,
     decoding: list[int],
     sinks_H: torch.Tensor | None,
@@ -73,8 +97,8 @@ def _decode(
     visible_NL = positions_L < lengths_N[:, None]
     if spec.window:
         visible_NL &= positions_L >= lengths_N[:, None] - spec.window
-    keys_NKLD = keys[tables_NB].transpose(1, 2).flatten(2, 3)
-    values_NKLE = values[tables_NB].transpose(1, 2).flatten(2, 3)
+    keys_NKLD = _gather(pool.keys, pool.key_scales, tables_NB, query_NHD.dtype).transpose(1, 2).flatten(2, 3)
+    values_NKLE = _gather(pool.values, pool.value_scales, tables_NB, query_NHD.dtype).transpose(1, 2).flatten(2, 3)
     out = dot_product(
         spec, query_NHD.unsqueeze(2), keys_NKLD, values_NKLE, visible_NL[:, None, None], sinks_H
     )
@@ -84,8 +108,7 @@ def _decode(
 def prefill(
     step: StepContext,
     spec: LayerSpec,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    pool: Pool,
     query_nHD: torch.Tensor,
     sequence: int,
     sinks_H: torch.Tensor | None,
@@ -108,8 +131,8 @@ def prefill(
         return visible & (seen_L > at_n - spec.window) if spec.window else visible
 
     table_B: torch.Tensor = step.cached(("table", sequence, first_block), table)
-    keys_KLD = keys[table_B].transpose(0, 1).flatten(1, 2)[:, : length - origin]
-    values_KLE = values[table_B].transpose(0, 1).flatten(1, 2)[:, : length - origin]
+    keys_KLD = _gather(pool.keys, pool.key_scales, table_B, query_nHD.dtype).transpose(0, 1).flatten(1, 2)[:, : length - origin]
+    values_KLE = _gather(pool.values, pool.value_scales, table_B, query_nHD.dtype).transpose(0, 1).flatten(1, 2)[:, : length - origin]
     query_HnD = query_nHD.transpose(0, 1)
     plain_causal = start == 0 and (not spec.window or spec.window >= length)
     visible_nL = None
