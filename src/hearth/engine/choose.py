@@ -31,7 +31,7 @@ class Chosen:
     sequence: Sequence
     num_drafts: int
     num_accepted: int = 0
-    is_sound: bool = True  # False: NaN or infinite logits, there was nothing to choose from
+    error: str | None = None  # why there was nothing to choose from
 
 
 @dataclass
@@ -61,15 +61,17 @@ def _round(cursors: list[_Cursor], logits_RV: torch.Tensor) -> list[_Cursor]:
     """Draw one token for each cursor; returns those whose draft was right and that go on."""
     rows = [cursor.position for cursor in cursors]
     part_RV = logits_RV if rows == list(range(len(logits_RV))) else logits_RV[rows]
-    # A maximum that is NaN or infinite: there is nothing to choose from. Masked tokens may be -inf.
-    sound = torch.isfinite(part_RV.amax(dim=-1)).tolist()
     sampled = sample(part_RV, [cursor.chosen.sequence.sampling for cursor in cursors])
     going = []
     for cursor, is_sound, token_id, logprob in zip(
-        cursors, sound, sampled.token_ids, sampled.logprobs, strict=True
+        cursors, sampled.is_sound, sampled.token_ids, sampled.logprobs, strict=True
     ):
+        chosen = cursor.chosen
+        grammar = chosen.sequence.sampling.grammar
         if not is_sound:
-            cursor.chosen.is_sound = False
+            chosen.error = "the model computed NaN or infinite logits for this request"
+        elif grammar is not None and grammar.error is not None:
+            chosen.error = grammar.error
         elif _advance(cursor, token_id, logprob):
             going.append(cursor)
     return going

@@ -7,7 +7,7 @@ differently (SentencePiece drops its space) treats both alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 Decode = Callable[[Sequence[int]], str]
@@ -85,8 +85,11 @@ class Detokenizer:
 class StopChecker:
     """Ends a text at the first of some stop texts, and holds back what may be the beginning of one."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], may_stop: Callable[[str], bool] | None = None) -> None:
+        """``may_stop`` says of a text whether it may end there; else the stop text is passed over."""
         self._stops = tuple(stops)
+        self._may_stop = may_stop
+        self._shown = ""  # known only if there is someone to ask about it
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -94,18 +97,29 @@ class StopChecker:
         if not self._stops:
             return text, False
         buffer = self._held + text
-        found = [position for stop in self._stops if (position := buffer.find(stop)) >= 0]
-        if found:
-            self._held = ""
-            return buffer[: min(found)], True
+        for position in sorted({place for stop in self._stops for place in _places(buffer, stop)}):
+            if self._may_stop is None or self._may_stop(self._shown + buffer[:position]):
+                self._held = ""
+                return buffer[:position], True
         keep = max(_overlap(buffer, stop) for stop in self._stops)
         self._held = buffer[len(buffer) - keep :]
-        return buffer[: len(buffer) - keep], False
+        shown = buffer[: len(buffer) - keep]
+        if self._may_stop is not None:
+            self._shown += shown
+        return shown, False
 
     def flush(self) -> str:
         """What was held back and turned out not to be a stop text."""
         held, self._held = self._held, ""
         return held
+
+
+def _places(text: str, stop: str) -> Iterator[int]:
+    """Where ``stop`` begins in ``text``, overlapping or not."""
+    position = text.find(stop)
+    while position >= 0:
+        yield position
+        position = text.find(stop, position + 1)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -21,6 +21,7 @@ from hearth.engine.batch import Prompt, extend_completion, params_for, start_com
 from hearth.engine.choose import Chosen, choose
 from hearth.engine.config import EngineConfig
 from hearth.engine.detokenize import Decode, Detokenizer, StopChecker, decoder_of
+from hearth.engine.grammar import GrammarCompiler
 from hearth.engine.loading import LoadedModel, eos_token_ids, load
 from hearth.engine.outputs import Completion, EngineStats, RequestOutput
 from hearth.engine.params import SamplingParams, check_prompt
@@ -55,6 +56,7 @@ class Engine:
         self.config, self.tokenizer, self.path = config, loaded.tokenizer, loaded.path
         self.vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
         self.eos_ids = eos_token_ids(model, loaded.tokenizer)
+        self.grammars = GrammarCompiler(loaded.tokenizer, self.vocab_size, self.eos_ids)
         self._decode: Decode | None = None if loaded.tokenizer is None else decoder_of(loaded.tokenizer)
         self.runner, num_blocks, self.max_model_len = assemble(model, config)
         self.pool = BlockPool(num_blocks, config.block_size, prefix_cache=config.prefix_cache)
@@ -103,6 +105,7 @@ class Engine:
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")
         check_prompt(prompt, self.max_model_len, self.vocab_size)
         self._check_params(params)
+        self.prepare(params)
         room = self.max_model_len - len(prompt)
         max_new_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         fallback_seed = int(self._seeds.integers(2**63))
@@ -110,12 +113,13 @@ class Engine:
         if decode is not None and not params.skip_special_tokens:
             decode = decoder_of(self.tokenizer, skip_special_tokens=False)
         for index in range(params.n):
+            grammar = params.guided and self.grammars.start(params.guided, params.stop_token_ids)
             request = Request(request_id, index, prompt, params, max_new_tokens)
             self._sequences[request.key] = Sequence(
                 request,
-                SamplingState(params, prompt, index, self.eos_ids, fallback_seed),
+                SamplingState(params, prompt, index, self.eos_ids, fallback_seed, grammar),
                 Detokenizer(decode, prompt) if decode else None,
-                StopChecker(params.stop),
+                StopChecker(params.stop, None if grammar is None else grammar.accepts),
                 self.eos_ids,
             )
             self.scheduler.add(request)
@@ -131,6 +135,14 @@ class Engine:
                     f"{name} has token id {outside[0]}, outside the vocabulary of {self.vocab_size}",
                     param=name,
                 )
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Do now, in any thread, what `add_request` may take long for: compile the grammar of the output.
+
+        Raises `RequestError` if it cannot be compiled.
+        """
+        if params.guided is not None:
+            self.grammars.compile(params.guided)
 
     def abort(self, request_id: str) -> list[RequestOutput]:
         """End a request and free its blocks; unknown ids are ignored. Returns the final outputs."""
@@ -164,8 +176,8 @@ class Engine:
     def _settle(self, chosen: Chosen) -> RequestOutput:
         """Tell the scheduler what became of a row, and the caller what the sequence gained."""
         sequence = chosen.sequence
-        if not chosen.is_sound:
-            return self._reject(sequence)
+        if chosen.error is not None:
+            return self._reject(sequence, chosen.error)
         if sequence.reason is None:
             self.scheduler.settle(sequence.request)
         output = self._end(sequence, sequence.reason) if sequence.reason else sequence.flush_output()
@@ -181,11 +193,11 @@ class Engine:
         del self._sequences[request.key]
         return sequence.flush_output()
 
-    def _reject(self, sequence: Sequence) -> RequestOutput:
-        """End a sequence for which the model computed NaN or infinity; nobody may reuse its blocks."""
+    def _reject(self, sequence: Sequence, error: str) -> RequestOutput:
+        """End a sequence for which there was no token to choose; nobody may reuse its blocks."""
         self.pool.forget(sequence.request.block_ids)
         output = self._end(sequence, "error")
-        output.error = "the model computed NaN or infinite logits for this request"
+        output.error = error
         return output
 
     def _fail(self, plan: Plan, error: Exception) -> list[RequestOutput]:

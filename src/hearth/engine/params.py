@@ -71,8 +71,9 @@ class SamplingParams:
     logprobs: None, or how many most likely tokens to report at each position, 0 to 20. They are taken
         from the model's own distribution, before penalties, bias and temperature.
     prompt_logprobs: likewise for the tokens of the prompt, the first one excepted.
-    best_of: generate so many sequences and return the n of the highest mean log-probability, when all are
-        done.
+    best_of: generate so many sequences and return, when all are done, the n whose tokens have the highest
+        mean log-probability in the model's own distribution, best first; the token that ended one counts.
+        With best_of = n there is nothing to choose, and the order stays.
     guided: the form that the output must have, see `Guided`.
     priority: a lower number goes first; equals go in the order of arrival.
     adapter: the name of a loaded LoRA adapter; None is the model itself.
@@ -172,6 +173,11 @@ class SamplingParams:
     def num_sequences(self) -> int:
         """Sequences that are generated; `n` of them are returned."""
         return self.n if self.best_of is None else self.best_of
+
+    @property
+    def selects(self) -> bool:
+        """Whether some of the generated sequences are dropped, so that all must be done before any is out."""
+        return self.num_sequences > self.n
 
     @property
     def greedy(self) -> bool:

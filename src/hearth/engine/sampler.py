@@ -2,7 +2,7 @@
 
 A token is drawn by inverting the cumulative distribution at one uniform number, which comes from the
 request's own generator: the draws of a request with a seed do not depend on what else is in the batch.
-The order is transformers': penalties, bias, forbidden ends, temperature, top-k, top-p, min-p.
+The order is transformers': penalties, bias, forbidden ends and grammar, temperature, top-k, top-p, min-p.
 
 Legend: R sequences, V vocabulary.
 """
@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hearth.engine.grammar import Grammar
 from hearth.engine.outputs import TokenLogprob
 from hearth.engine.params import SamplingParams
 
 # Candidates looked at first for top-p and min-p; the whole vocabulary is sorted only if they do not suffice.
 _CANDIDATES = 256
+_BLOCK = 256  # tokens of a block in which a draw looks first
 
 
 class SamplingState:
@@ -32,12 +34,16 @@ class SamplingState:
         index: int,
         eos_ids: Sequence[int],
         fallback_seed: int,
+        grammar: Grammar | None = None,
     ) -> None:
         self.params = params
+        self.grammar = grammar
+        self.wants_logprobs = params.logprobs is not None or params.selects
         seed = fallback_seed if params.seed is None else params.seed % 2**64
         self.generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, index])))
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_ids))
         self.end_ids = torch.tensor(sorted(ends), dtype=torch.long)
+        self._all_ends = np.array(sorted({*params.stop_token_ids, *eos_ids}), np.int64)
         self.num_output = 0
         # Token ids and counts for the penalties, kept only if there are any: prompt and output apart,
         # because OpenAI's penalties look at the output alone and the repetition penalty at both.
@@ -70,54 +76,120 @@ class SamplingState:
             logits_V[ids] += torch.tensor(
                 list(params.logit_bias.values()), dtype=logits_V.dtype, device=logits_V.device
             )
-        if self.num_output < params.min_tokens and len(self.end_ids):
+        if self.grammar is not None:
+            refused_V = torch.from_numpy(~self._allowed_tokens(self.grammar)).to(logits_V.device)
+            logits_V.masked_fill_(refused_V, -torch.inf)
+        elif self.num_output < params.min_tokens and len(self.end_ids):
             logits_V[self.end_ids.to(logits_V.device)] = -torch.inf
+
+    def _allowed_tokens(self, grammar: Grammar) -> np.ndarray:
+        """Boolean [V]: what the grammar allows; where the text may end, also the ends, if it is time."""
+        allowed_V = grammar.allowed_tokens()
+        if grammar.error or not grammar.is_complete:
+            return allowed_V
+        timely_V = allowed_V.copy()
+        timely_V[self._all_ends] = False
+        if self.num_output >= self.params.min_tokens:
+            timely_V[self.end_ids.numpy()] = True
+        return timely_V if timely_V.any() else allowed_V  # an end that comes early beats no token at all
 
     @property
     def adjusts(self) -> bool:
         params = self.params
-        return params.has_penalties or bool(params.logit_bias) or self.num_output < params.min_tokens
+        return (
+            self.grammar is not None
+            or params.has_penalties
+            or bool(params.logit_bias)
+            or self.num_output < params.min_tokens
+        )
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """One chosen token per sequence, and its log-probabilities where asked for."""
+    """One chosen token per sequence, and its log-probabilities where asked for.
+
+    is_sound: False where the model computed NaN or infinity: there was nothing to choose from.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprob | None]
+    is_sound: list[bool]
 
 
 @torch.inference_mode()  # the logits are an inference tensor, which penalties change in place
 def sample(logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
     """Choose a token for each row; ``logits_RV`` is float32 and may be changed in place."""
     assert logits_RV.shape[0] == len(states)
-    raw = {i: logits_RV[i].clone() for i, state in enumerate(states) if state.params.logprobs is not None}
-    for i, state in enumerate(states):
-        if state.adjusts:
-            state.adjust(logits_RV[i])
-    token_ids = torch.argmax(logits_RV, dim=-1)
+    adjusted = [i for i, state in enumerate(states) if state.adjusts]
+    report = _Report(logits_RV, states, keep=bool(adjusted))
+    # Soundness costs no pass of its own: NaN and infinity win the argmax. Masked tokens may be -inf.
+    chosen_R = torch.argmax(logits_RV, dim=-1)
+    top_R = logits_RV.gather(1, chosen_R[:, None])[:, 0]
+    sound_R = torch.isfinite(top_R)
+    for i in adjusted:
+        states[i].adjust(logits_RV[i])
+    if adjusted:
+        part_RV = logits_RV[adjusted]
+        chosen_R[adjusted] = torch.argmax(part_RV, dim=-1)
+        top_R[adjusted] = part_RV.gather(1, chosen_R[adjusted, None])[:, 0]
     rows = [i for i, state in enumerate(states) if not state.params.greedy]
     if rows:
-        part = logits_RV if len(rows) == len(states) else logits_RV[rows]
-        token_ids[rows] = _draw(part, [states[i] for i in rows])
-    chosen = token_ids.tolist()
-    logprobs: list[TokenLogprob | None] = [None] * len(states)
-    for i, logits_V in raw.items():
-        logprobs[i] = _logprob(logits_V, chosen[i], states[i].params.logprobs or 0)
-    return Sampled(chosen, logprobs)
+        every = len(rows) == len(states)
+        chosen_R[rows] = _draw(
+            logits_RV if every else logits_RV[rows],
+            top_R if every else top_R[rows],
+            [states[i] for i in rows],
+        )
+    chosen, sound = torch.stack((chosen_R, sound_R.long())).tolist()
+    return Sampled(chosen, report.logprobs(chosen_R, chosen), [bool(each) for each in sound])
 
 
-def _logprob(logits_V: torch.Tensor, token_id: int, num_top: int) -> TokenLogprob:
-    logprobs_V = torch.log_softmax(logits_V, dim=-1)
-    top: list[tuple[int, float]] = []
-    if num_top:
-        values, ids = torch.topk(logprobs_V, min(num_top, logprobs_V.shape[0]))
-        top = list(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token_id, float(logprobs_V[token_id]), top)
+class _Report:
+    """Log-probabilities of the model's own distribution, from the logits before anything changes them.
+
+    Legend: Q rows that want a report.
+    """
+
+    def __init__(self, logits_RV: torch.Tensor, states: Sequence[SamplingState], *, keep: bool) -> None:
+        """``keep``: copy what is needed, because the logits will be changed in place."""
+        self.num_rows = len(states)
+        self.rows = [i for i, state in enumerate(states) if state.wants_logprobs]
+        if not self.rows:
+            return
+        every = len(self.rows) == len(states) and not keep
+        self.logits_QV = logits_RV if every else logits_RV[self.rows]
+        self.total_Q = torch.logsumexp(self.logits_QV, dim=-1)
+        self.num_top = [states[i].params.logprobs or 0 for i in self.rows]
+
+    def logprobs(self, chosen_R: torch.Tensor, chosen: Sequence[int]) -> list[TokenLogprob | None]:
+        result: list[TokenLogprob | None] = [None] * self.num_rows
+        if not self.rows:
+            return result
+        picked_Q = self.logits_QV.gather(1, chosen_R[self.rows, None])[:, 0] - self.total_Q
+        tops = top_logprobs(self.logits_QV, self.total_Q, self.num_top)
+        for row, value, top in zip(self.rows, picked_Q.tolist(), tops, strict=True):
+            result[row] = TokenLogprob(chosen[row], value, top)
+        return result
 
 
-def _draw(logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-    """One draw per row; returns token ids [R]."""
+def top_logprobs(
+    logits_QV: torch.Tensor, total_Q: torch.Tensor, counts: Sequence[int]
+) -> list[list[tuple[int, float]]]:
+    """The most likely tokens of each row, as many as ``counts`` says; ``total_Q`` is the rows' logsumexp."""
+    result: list[list[tuple[int, float]]] = [[] for _ in counts]
+    # Rows of one count at a time: the order of equal logits depends on the count, and must not on the batch.
+    for count in sorted(set(counts) - {0}):
+        rows = [i for i, each in enumerate(counts) if each == count]
+        part = slice(None) if len(rows) == len(counts) else rows
+        values_QK, ids_QK = torch.topk(logits_QV[part], min(count, logits_QV.shape[1]))
+        values_QK = values_QK - total_Q[part, None]
+        for row, ids, values in zip(rows, ids_QK.tolist(), values_QK.tolist(), strict=True):
+            result[row] = list(zip(ids, values, strict=True))
+    return result
+
+
+def _draw(logits_RV: torch.Tensor, top_R: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    """One draw per row, whose largest logit is ``top_R``; returns token ids [R]."""
     device = logits_RV.device
     params = [state.params for state in states]
     uniform_R = torch.tensor(
@@ -127,17 +199,36 @@ def _draw(logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> torch.Ten
     # temperature from overflowing.
     smallest = torch.finfo(torch.float32).tiny
     temperature_R = torch.tensor([max(p.temperature, smallest) for p in params], device=device)
-    scaled_RV = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / temperature_R[:, None]
     token_ids = torch.empty(len(states), dtype=torch.long, device=device)
     plain = [i for i, p in enumerate(params) if p.top_k == 0 and p.top_p >= 1.0 and p.min_p == 0.0]
-    if plain:
-        token_ids[plain] = _invert(torch.softmax(scaled_RV[plain], dim=-1), uniform_R[plain])
     filtered = [i for i in range(len(params)) if i not in set(plain)]
-    if filtered:
-        token_ids[filtered] = _draw_filtered(
-            scaled_RV[filtered], [params[i] for i in filtered], uniform_R[filtered]
-        )
+    for rows, draw in ((plain, _draw_plain), (filtered, _draw_filtered)):
+        if rows:
+            part = slice(None) if len(rows) == len(params) else rows
+            scaled_RV = logits_RV[part] - top_R[part, None]
+            scaled_RV /= temperature_R[part, None]
+            token_ids[part] = draw(scaled_RV, [params[i] for i in rows], uniform_R[part])
     return token_ids
+
+
+def _draw_plain(
+    scaled_RV: torch.Tensor, params: Sequence[SamplingParams], uniform_R: torch.Tensor
+) -> torch.Tensor:
+    """Draw from the whole softmax, without its cumulative sum: first a block of tokens, then one of them.
+
+    Returns token ids [R] and overwrites ``scaled_RV``, whose largest value is 0 in each row.
+    """
+    num_rows, vocab = scaled_RV.shape
+    weights_RV = scaled_RV.exp_()
+    num_whole = vocab // _BLOCK
+    sums_RB = weights_RV[:, : num_whole * _BLOCK].view(num_rows, num_whole, _BLOCK).sum(dim=-1)
+    rest_R1 = weights_RV[:, num_whole * _BLOCK :].sum(dim=-1, keepdim=True)
+    sums_RB = torch.cat((sums_RB, rest_R1), dim=-1).double()
+    block_R, share_R = _invert(sums_RB, uniform_R)
+    ids_RC = block_R[:, None] * _BLOCK + torch.arange(_BLOCK, device=scaled_RV.device)
+    weights_RC = weights_RV.gather(1, ids_RC.clamp(max=vocab - 1)) * (ids_RC < vocab)
+    place_R, _ = _invert(weights_RC, share_R)
+    return block_R * _BLOCK + place_R
 
 
 def _draw_filtered(
@@ -171,7 +262,7 @@ def _draw_filtered(
         # Enough if top-k is among them, or, without it, if the last is out: all others are no more likely.
         enough = limited | ((top_k_R[rows] == vocab) & ~keep_RC[:, -1])
         kept_RC = probs_RC * keep_RC
-        picked_R = _invert(kept_RC / kept_RC.sum(dim=-1, keepdim=True), uniform_R[rows])
+        picked_R, _ = _invert(kept_RC, uniform_R[rows])
         drawn_R = ids_RC.gather(1, picked_R[:, None])[:, 0]
         token_ids[rows[enough]] = drawn_R[enough]
         rows = rows[~enough]
@@ -180,12 +271,18 @@ def _draw_filtered(
         width = min(vocab, width * 8)
 
 
-def _invert(probs_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
-    """The index at which each row's cumulative probability passes its uniform number."""
-    cumulative_RV = probs_RV.cumsum(dim=-1, dtype=torch.float64)
+def _invert(weights_RV: torch.Tensor, uniform_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The index at which each row's cumulative weight passes its uniform number, and how far into it.
+
+    Returns ids [R] and the position within the weight of that id [R], in [0, 1): again uniform.
+    """
+    cumulative_RV = weights_RV.cumsum(dim=-1, dtype=torch.float64)
     # Scaled by the actual sum, so that rounding can neither miss the end nor favour it.
     target_R = uniform_R * cumulative_RV[:, -1]
     index_R = torch.searchsorted(cumulative_RV, target_R[:, None], right=True)[:, 0]
-    # A target that equals the sum would fall on a token of no probability: take the last that has some.
+    # A target that equals the sum would fall on a token of no weight: take the last that has some.
     last_R = (cumulative_RV < cumulative_RV[:, -1:]).sum(dim=-1)
-    return torch.minimum(index_R, last_R)
+    index_R = torch.minimum(index_R, last_R)
+    weight_R = weights_RV.gather(1, index_R[:, None])[:, 0].double()
+    before_R = cumulative_RV.gather(1, index_R[:, None])[:, 0] - weight_R
+    return index_R, ((target_R - before_R) / weight_R).clamp(0.0, 1.0 - 2.0**-53)

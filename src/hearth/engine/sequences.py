@@ -20,6 +20,7 @@ class Sequence:
     stops: StopChecker
     eos_ids: tuple[int, ...]
     reason: str | None = None  # why it ended
+    sum_logprob: float = 0.0  # of the tokens so far, where they are known
     _text: str = ""
     _token_ids: list[int] = field(default_factory=list)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -32,8 +33,9 @@ class Sequence:
         self.sampling.append(token_id)
         self._token_ids.append(token_id)
         if logprob is not None:
+            self.sum_logprob += logprob.logprob
             self._logprobs.append(logprob)
-        if token_id in params.stop_token_ids or (token_id in self.eos_ids and not params.ignore_eos):
+        if self._is_end(token_id):
             self.reason = "stop"
         elif self.detokenizer is not None:
             text = self.detokenizer.push(token_id)
@@ -44,11 +46,21 @@ class Sequence:
                     self.reason = "stop"
                     return self.reason
             self._text += text
+        grammar = self.sampling.grammar
+        if self.reason is None and grammar is not None and grammar.is_finished:
+            self.reason = "stop"
         if self.reason is None and request.num_output_tokens >= request.max_new_tokens:
             self.reason = "length"
         if self.reason is not None:
             self._flush_text()
         return self.reason
+
+    def _is_end(self, token_id: int) -> bool:
+        """Whether this token ends the sequence and is no part of its text; tells the grammar of it."""
+        if self.sampling.grammar is not None:
+            return self.sampling.grammar.advance(token_id)
+        params = self.request.params
+        return token_id in params.stop_token_ids or (token_id in self.eos_ids and not params.ignore_eos)
 
     def _flush_text(self) -> None:
         """Show what was held back because a character or a stop text might have been completed."""
