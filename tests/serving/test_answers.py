@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import given
@@ -9,17 +10,10 @@ from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from hearth.serving.answers import (
-    ChatDialect,
-    Choice,
-    CompletionDialect,
-    Delta,
-    Dialect,
-    Heading,
-    PlainDialect,
-    TokenLogprob,
-    Usage,
-)
+from hearth.serving.answers import Choice, Delta, Dialect, Heading, TokenLogprob, Usage
+from hearth.serving.chat_answers import ChatDialect
+from hearth.serving.completion_answers import CompletionDialect
+from hearth.serving.plain_answers import PlainDialect
 
 HEADING = Heading("id-1", 1700000000, "tiny@3")
 USAGE = Usage(7, 5, 4)
@@ -42,7 +36,7 @@ def grow(deltas: list[Delta], num_choices: int) -> list[Choice]:
 
 
 def stream(dialect: Dialect, deltas: list[Delta], num_choices: int) -> list[dict[str, Any]]:
-    events = [*dialect.start(num_choices), *map(dialect.delta, deltas)]
+    events = [*dialect.start(num_choices), *(event for delta in deltas for event in dialect.delta(delta))]
     usage = dialect.usage(USAGE)
     return events + ([usage] if usage is not None else [])
 
@@ -75,14 +69,61 @@ def test_a_streamed_chat_answer() -> None:
     assert text == "héllo"
 
 
-def test_a_whole_completion_with_echo_and_offsets() -> None:
-    dialect = CompletionDialect(HEADING, logprobs=True, include_usage=False, echo=["say ", "go "])
+def test_a_whole_completion_with_offsets() -> None:
+    dialect = CompletionDialect(HEADING, logprobs=True, include_usage=False)
     answer = Completion.model_validate(dialect.whole(grow(DELTAS, 2), USAGE), strict=True)
-    assert [choice.text for choice in answer.choices] == ["say héllo", "go x"]
+    assert [choice.text for choice in answer.choices] == ["héllo", "x"]
     logprobs = answer.choices[0].logprobs
     assert logprobs.tokens == ["hé", "l", "lo"]
-    assert logprobs.text_offset == [4, 6, 7]
+    assert logprobs.text_offset == [0, 2, 3]
     assert logprobs.top_logprobs[0] == {"a": -1.0, "b": -2.0}
+
+
+def test_echo_repeats_the_prompt_and_its_logprobs() -> None:
+    of_prompt = (None, TokenLogprob("y ", -0.7, (121, 32), (), 9))
+    deltas = [replace(DELTAS[0], prompt_logprobs=of_prompt), DELTAS[2]]
+
+    def dialect() -> CompletionDialect:
+        return CompletionDialect(HEADING, logprobs=True, include_usage=False, echo=["say "])
+
+    whole = dialect().whole(grow(deltas, 1), USAGE)["choices"][0]
+    assert whole["text"] == "say héllo"
+    assert whole["logprobs"] == {
+        "tokens": ["sa", "y ", "hé", "l", "lo"],
+        "token_logprobs": [None, -0.7, -0.5, -0.2, -0.3],
+        "top_logprobs": [None, {}, {"a": -1.0, "b": -2.0}, {}, {}],
+        "text_offset": [0, 2, 4, 6, 7],
+    }
+    chunks = [chunk["choices"][0] for chunk in stream(dialect(), deltas, 1)]
+    assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
+    for name, values in whole["logprobs"].items():
+        assert [value for chunk in chunks for value in chunk["logprobs"][name]] == values
+    plain = CompletionDialect(HEADING, logprobs=False, include_usage=False, echo=["say "])
+    assert "".join(c["choices"][0]["text"] for c in stream(plain, deltas, 1)) == "say héllo"
+
+
+def test_prompt_logprobs_in_vllms_form() -> None:
+    of_prompt = (None, TokenLogprob("y", -0.7, (121,), (TokenLogprob("z", -0.2, (122,), (), 8),), 9))
+    deltas = [replace(DELTAS[0], prompt_logprobs=of_prompt)]
+    expected = [
+        None,
+        {"9": {"logprob": -0.7, "decoded_token": "y"}, "8": {"logprob": -0.2, "decoded_token": "z"}},
+    ]
+    completion = CompletionDialect(HEADING, logprobs=False, include_usage=False, prompt_logprobs=True)
+    assert completion.whole(grow(deltas, 1), USAGE)["choices"][0]["prompt_logprobs"] == expected
+    assert stream(completion, deltas, 1)[0]["choices"][0]["prompt_logprobs"] == expected
+    chat = ChatDialect(HEADING, logprobs=False, include_usage=False, prompt_logprobs=True)
+    assert chat.whole(grow(deltas, 1), USAGE)["prompt_logprobs"] == expected
+
+
+def test_tokens_that_are_no_text_are_told_apart() -> None:
+    """Two halves of characters both read as the replacement character."""
+    tops = (TokenLogprob("\ufffd", -1.0, (0xE2,)), TokenLogprob("\ufffd", -2.0, (0xC3,)))
+    delta = Delta(0, "", 1, (TokenLogprob("\ufffd", -1.0, (0xE2,), tops),))
+    dialect = CompletionDialect(HEADING, logprobs=True, include_usage=False)
+    logprobs = dialect.whole(grow([delta], 1), USAGE)["choices"][0]["logprobs"]
+    assert logprobs["top_logprobs"] == [{"bytes:\\xe2": -1.0, "bytes:\\xc3": -2.0}]
+    assert logprobs["tokens"] == ["bytes:\\xe2"]
 
 
 def test_a_streamed_completion_offsets_continue() -> None:

@@ -255,7 +255,9 @@ async def test_leaving_a_stream_frees_the_engine(async_client: AsyncOpenAI, serv
         ({"prompt": [100000]}, None, None),
         ({"prompt": ""}, "prompt", "invalid_value"),
         ({"suffix": "x"}, "suffix", "unsupported_parameter"),
-        ({"echo": True, "logprobs": 1}, "echo", "unsupported_parameter"),
+        ({"best_of": 2, "stream": True}, "best_of", "invalid_value"),
+        ({"extra_body": {"guided_regex": "a", "guided_choice": ["b"]}}, "guided_choice", "invalid_value"),
+        ({"extra_body": {"guided_regex": "("}}, None, None),
         ({"extra_body": {"beam": 3}}, "beam", "unknown_parameter"),
         ({"logit_bias": {"100000": 1}}, "logit_bias", None),
         ({"logit_bias": {"word": 1}}, "logit_bias", None),
@@ -277,9 +279,13 @@ def test_bad_requests(client: OpenAI, changes: dict, param: str | None, code: st
 
 
 def test_what_a_chat_refuses(client: OpenAI) -> None:
-    for field, value in (("tools", [{"type": "function"}]), ("response_format", {"type": "json_object"})):
-        with pytest.raises(openai.BadRequestError, match=f"{field} is not supported yet"):
-            client.chat.completions.create(model=MODEL, messages=HELLO, **{field: value})
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    with pytest.raises(openai.BadRequestError, match="knows no tools"):
+        client.chat.completions.create(model=MODEL, messages=HELLO, tools=tools)
+    with pytest.raises(openai.BadRequestError, match="there are no tools"):
+        client.chat.completions.create(model=MODEL, messages=HELLO, tool_choice="required")
+    with pytest.raises(openai.BadRequestError, match="reasoning_effort is not supported by"):
+        client.chat.completions.create(model=MODEL, messages=HELLO, reasoning_effort="high")
     with pytest.raises(openai.BadRequestError, match="context is 256 tokens"):
         client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x" * 400}])
     with pytest.raises(openai.BadRequestError, match="disagree"):

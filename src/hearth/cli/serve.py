@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 @click.option("--max-num-seqs", type=int, help="Sequences that run at once.")
 @click.option("--kv-cache-memory", type=int, help="Bytes of the KV cache.")
 @click.option("--num-threads", type=int, help="CPU threads of each engine.")
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=PATH", help="A LoRA adapter; repeatable.")
+@click.option("--tool-parser", help="Format of tool calls: auto (by the chat template), none or a name.")
+@click.option("--reasoning-parser", help="Format of reasoning, likewise.")
 @click.option("--max-queue", type=int, help="Requests that may wait for a model; more get 429.")
 @click.option("--request-timeout", type=float, help="Longest time of one request, in seconds.")
 @click.option("--drain-timeout", type=float, help="Seconds that open requests get after Ctrl-C.")
@@ -62,8 +65,12 @@ def serve(models: tuple[str, ...], config_path: Path | None, as_json: bool, **op
 
 def _overrides(models: tuple[str, ...], options: dict[str, Any], config_path: Path | None) -> list[str]:
     """The command line as ``key=value`` settings; engine options apply to every model named on it."""
-    engine_keys = ("dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_memory", "num_threads")
+    engine_keys = (
+        *("dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_memory", "num_threads"),
+        *("tool_parser", "reasoning_parser"),
+    )
     engine = {key: options.pop(key) for key in engine_keys}
+    engine["adapters"] = _adapters(options.pop("adapters"))
     engine = {key: value for key, value in engine.items() if value is not None}
     options["api_keys"] = options["api_keys"] or None
     if models:
@@ -75,6 +82,14 @@ def _overrides(models: tuple[str, ...], options: dict[str, Any], config_path: Pa
             f"{', '.join(engine)}: the models come from --config, so set this there, at each model"
         )
     return [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+
+
+def _adapters(given: tuple[str, ...]) -> dict[str, str] | None:
+    pairs = [text.partition("=") for text in given]
+    for text, (name, _, path) in zip(given, pairs, strict=True):
+        if not name or not path:
+            raise click.UsageError(f"--adapter {text!r}: give NAME=PATH")
+    return {name: path for name, _, path in pairs} or None
 
 
 def _split_name(text: str) -> dict[str, Any]:
@@ -97,6 +112,11 @@ def _print_ready(ready: Ready) -> None:
     note(f"started in {total:.1f} s: {steps}")
     for model in ready.models:
         note(f"serving {model['version']} as {model['name']!r}, context {model['max_model_len']} tokens")
+        for what, name in (("reasoning", model["reasoning_parser"]), ("tool", model["tool_parser"])):
+            if name is not None:
+                note(f"  {what} format: {name} (--{what}-parser changes it)")
+        if model["adapters"]:
+            note(f"  with the adapters {', '.join(model['adapters'])}")
     first = ready.models[0]
     key = " -H 'Authorization: Bearer YOUR_KEY'" if ready.keys_required else ""
     if first["chat"]:

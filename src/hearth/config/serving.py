@@ -27,6 +27,13 @@ class ServedModel(Section):
     prefix_cache: bool | None = Field(None, description="Reuse the key-value cache of equal beginnings.")
     num_threads: PositiveInt | None = Field(None, description="CPU threads of its engine.")
     seed: int | None = Field(None, description="Randomness of requests that give no seed.")
+    adapters: dict[str, str] = Field(
+        {}, description="LoRA adapters to load: a name for requests, and a directory."
+    )
+    tool_parser: str = Field(
+        "auto", description="Format of its tool calls: auto (by its chat template), none or a name."
+    )
+    reasoning_parser: str = Field("auto", description="Format of its reasoning, likewise.")
 
 
 class ServeConfig(Section):

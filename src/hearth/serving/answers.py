@@ -6,7 +6,7 @@ knows nothing of engines or sockets, so that every shape is a pure function of i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +19,10 @@ class TokenLogprob:
     logprob: float
     bytes: tuple[int, ...] = ()
     top: tuple[TokenLogprob, ...] = ()
+    id: int = 0
+
+
+PromptLogprobs = tuple[TokenLogprob | None, ...]  # None for the first token, which nothing predicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class Delta:
     num_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
+    prompt_logprobs: PromptLogprobs = ()  # with the first delta of a choice, if they were asked for
 
 
 @dataclass(slots=True)
@@ -40,6 +45,7 @@ class Choice:
     num_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    prompt_logprobs: PromptLogprobs = ()
 
     def add(self, delta: Delta) -> None:
         """Append ``delta``."""
@@ -47,6 +53,7 @@ class Choice:
         self.num_tokens += delta.num_tokens
         self.logprobs.extend(delta.logprobs)
         self.finish_reason = delta.finish_reason or self.finish_reason
+        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +90,8 @@ class Dialect(Protocol):
         """Events sent before the first token."""
         ...
 
-    def delta(self, delta: Delta) -> dict[str, Any]:
-        """The event of one delta."""
+    def delta(self, delta: Delta) -> Iterable[dict[str, Any]]:
+        """The events of one delta, possibly none yet."""
         ...
 
     def usage(self, usage: Usage) -> dict[str, Any] | None:
@@ -96,189 +103,22 @@ class Dialect(Protocol):
         ...
 
 
-class ChatDialect:
-    """``/v1/chat/completions``."""
+def object_of(heading: Heading, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    """An object of OpenAI's."""
+    return {
+        "id": heading.id, "object": kind, "created": heading.created, "model": heading.model,
+        "choices": choices,
+    }  # fmt: skip
 
-    def __init__(self, heading: Heading, *, logprobs: bool, include_usage: bool) -> None:
-        self._heading = heading
-        self._logprobs = logprobs
-        self._include_usage = include_usage
 
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        head = self._heading
-        return {
-            "id": head.id, "object": kind, "created": head.created, "model": head.model, "choices": choices,
-        }  # fmt: skip
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        chunk = self._object("chat.completion.chunk", choices)
-        if self._include_usage:
-            chunk["usage"] = None
-        return chunk
-
-    def start(self, num_choices: int) -> Iterator[dict[str, Any]]:
-        """One event a choice, with the role."""
-        for index in range(num_choices):
-            delta = {"role": "assistant", "content": ""}
-            yield self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
-
-    def delta(self, delta: Delta) -> dict[str, Any]:
-        """A ``chat.completion.chunk``."""
-        content = {"content": delta.text} if delta.text or not delta.finish_reason else {}
-        choice = {
-            "index": delta.choice,
-            "delta": content,
-            "logprobs": self._render(delta.logprobs),
-            "finish_reason": delta.finish_reason,
+def render_prompt_logprobs(entries: PromptLogprobs) -> list[dict[str, Any] | None]:
+    """vLLM's form: for each token of the prompt, what it and the likeliest tokens had, by token id."""
+    return [
+        None
+        if entry is None
+        else {
+            str(each.id): {"logprob": each.logprob, "decoded_token": each.token}
+            for each in (entry, *entry.top)
         }
-        return self._chunk([choice])
-
-    def usage(self, usage: Usage) -> dict[str, Any] | None:
-        """The chunk without choices that ``stream_options.include_usage`` asks for."""
-        return {**self._chunk([]), "usage": usage.render()} if self._include_usage else None
-
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
-        """A ``chat.completion``."""
-        rendered = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": self._render(choice.logprobs),
-                "finish_reason": choice.finish_reason,
-            }
-            for index, choice in enumerate(choices)
-        ]
-        return {**self._object("chat.completion", rendered), "usage": usage.render()}
-
-    def _render(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if not self._logprobs:
-            return None
-        return {
-            "content": [
-                {**_token(entry), "top_logprobs": [_token(top) for top in entry.top]} for entry in logprobs
-            ],
-            "refusal": None,
-        }
-
-
-def _token(entry: TokenLogprob) -> dict[str, Any]:
-    return {"token": entry.token, "logprob": entry.logprob, "bytes": list(entry.bytes)}
-
-
-class CompletionDialect:
-    """``/v1/completions``. ``echo`` holds the prompts' texts by choice when they are to be repeated."""
-
-    def __init__(
-        self, heading: Heading, *, logprobs: bool, include_usage: bool, echo: Sequence[str] | None = None
-    ) -> None:
-        self._heading = heading
-        self._logprobs = logprobs
-        self._include_usage = include_usage
-        self._echo = echo
-        self._offsets: dict[int, int] = {}
-
-    def _object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        head = self._heading
-        return {
-            "id": head.id, "object": "text_completion", "created": head.created, "model": head.model,
-            "choices": choices,
-        }  # fmt: skip
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        chunk = self._object(choices)
-        if self._include_usage:
-            chunk["usage"] = None
-        return chunk
-
-    def start(self, num_choices: int) -> Iterator[dict[str, Any]]:
-        """The prompts, where they are echoed."""
-        for index in range(num_choices if self._echo is not None else 0):
-            assert self._echo is not None
-            choice = {"index": index, "text": self._echo[index], "logprobs": None, "finish_reason": None}
-            yield self._chunk([choice])
-
-    def delta(self, delta: Delta) -> dict[str, Any]:
-        """A ``text_completion`` with the new text."""
-        offset = self._offsets.get(delta.choice, self._echo_length(delta.choice))
-        # By tokens, not by text, which may be held back: the same numbers as in the whole answer.
-        self._offsets[delta.choice] = offset + sum(len(entry.token) for entry in delta.logprobs)
-        choice = {
-            "index": delta.choice,
-            "text": delta.text,
-            "logprobs": self._render(delta.logprobs, offset),
-            "finish_reason": delta.finish_reason,
-        }
-        return self._chunk([choice])
-
-    def usage(self, usage: Usage) -> dict[str, Any] | None:
-        """The object without choices that ``stream_options.include_usage`` asks for."""
-        return {**self._chunk([]), "usage": usage.render()} if self._include_usage else None
-
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
-        """A ``text_completion``."""
-        rendered = [
-            {
-                "index": index,
-                "text": (self._echo[index] if self._echo is not None else "") + choice.text,
-                "logprobs": self._render(choice.logprobs, self._echo_length(index)),
-                "finish_reason": choice.finish_reason,
-            }
-            for index, choice in enumerate(choices)
-        ]
-        return {**self._object(rendered), "usage": usage.render()}
-
-    def _echo_length(self, index: int) -> int:
-        return len(self._echo[index]) if self._echo is not None else 0
-
-    def _render(self, logprobs: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
-        if not self._logprobs:
-            return None
-        offsets = []
-        for entry in logprobs:
-            offsets.append(offset)
-            offset += len(entry.token)
-        return {
-            "tokens": [entry.token for entry in logprobs],
-            "token_logprobs": [entry.logprob for entry in logprobs],
-            "top_logprobs": [{top.token: top.logprob for top in entry.top} for entry in logprobs],
-            "text_offset": offsets,
-        }
-
-
-class PlainDialect:
-    """``/generate`` and ``/chat``: text, finish_reason, model and usage in one flat object."""
-
-    def __init__(self, heading: Heading) -> None:
-        self._heading = heading
-
-    def start(self, num_choices: int) -> Iterator[dict[str, Any]]:  # noqa: ARG002 - part of the protocol
-        """Nothing comes before the first token."""
-        return iter(())
-
-    def delta(self, delta: Delta) -> dict[str, Any]:
-        """The new text; ``finish_reason`` is there in the last event of a choice."""
-        event: dict[str, Any] = {"text": delta.text}
-        if delta.choice:
-            event["index"] = delta.choice
-        if delta.finish_reason:
-            event["finish_reason"] = delta.finish_reason
-        return event
-
-    def usage(self, usage: Usage) -> dict[str, Any]:
-        """The last event: which model answered, and the counts."""
-        return {"model": self._heading.model, "usage": usage.render()}
-
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
-        """The answer; with ``n`` above 1, ``choices`` holds all of them and ``text`` the first."""
-        answer: dict[str, Any] = {
-            "id": self._heading.id,
-            "model": self._heading.model,
-            "text": choices[0].text,
-            "finish_reason": choices[0].finish_reason,
-            "usage": usage.render(),
-        }
-        if len(choices) > 1:
-            answer["choices"] = [
-                {"text": choice.text, "finish_reason": choice.finish_reason} for choice in choices
-            ]
-        return answer
+        for entry in entries
+    ]

@@ -37,6 +37,7 @@ CLIENT_CLOSED = 499  # logged and counted, never sent: the client is gone
 JSON_TYPE = "application/json"
 SSE_TYPE = "text/event-stream; charset=utf-8"
 SSE_DONE = b"data: [DONE]\n\n"
+BODY_SECONDS = 60.0  # for a whole body to arrive; a client that drips one byte by byte holds nothing for long
 
 _HEADER_SAFE = " !#$&'()*+,/:;=?@[]"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -46,6 +47,7 @@ _TYPES = {
     403: "permission_error",
     404: "invalid_request_error",
     405: "invalid_request_error",
+    408: "invalid_request_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
 }
@@ -88,6 +90,8 @@ class HttpError(Exception):
         """Extra headers of the response."""
         if self.status == 401:
             return {"www-authenticate": "Bearer"}
+        if self.status == 408:
+            return {"connection": "close"}  # what else the client sends is not read
         if self.retry_after is not None:
             return {"retry-after": str(max(1, round(self.retry_after)))}
         return {}
@@ -113,10 +117,13 @@ def to_http_error(error: BaseException) -> HttpError:
     return HttpError(500, "internal error; the server's log has the details", code="internal_error")
 
 
-async def read_json_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+async def read_json_body(
+    scope: Scope, receive: Receive, limit: int, *, seconds: float = BODY_SECONDS
+) -> bytes:
     """The request body, at most ``limit`` bytes, of content type JSON.
 
-    Raises HttpError 400 (type, empty) or 413, and ClientGone when the client leaves midway.
+    Raises HttpError 400 (type, empty), 413 or 408 (not whole after ``seconds``), and ClientGone when the
+    client leaves midway.
     """
     headers = dict(scope["headers"])
     content_type = headers.get(b"content-type", b"").decode("latin-1").split(";")[0].strip().lower()
@@ -128,6 +135,14 @@ async def read_json_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
+    try:
+        async with asyncio.timeout(seconds):
+            return await _read_body(receive, limit)
+    except TimeoutError:
+        raise HttpError(408, f"the body was not whole after {seconds:g} s", code="request_timeout") from None
+
+
+async def _read_body(receive: Receive, limit: int) -> bytes:
     chunks: list[bytes] = []
     size = 0
     while True:

@@ -187,6 +187,9 @@ class _Session:
                 "max_model_len": worker.facts.get("max_model_len"),
                 "pid": worker.pid,
                 "chat": bool(worker.facts.get("chat")),
+                "tool_parser": worker.facts.get("model_info", {}).get("tool_parser"),
+                "reasoning_parser": worker.facts.get("model_info", {}).get("reasoning_parser"),
+                "adapters": list(worker.adapters),
             }
             for worker in gateway.workers
         )
@@ -204,9 +207,12 @@ class _Session:
             raise Interrupted(f"stopped while {num_open} requests were open")
 
 
+_NOT_OF_THE_ENGINE = ("adapters", "tool_parser", "reasoning_parser")
+
+
 def _engine_fields(entry: ServedModel) -> dict[str, Any]:
     """What EngineConfig is told; what was not given is the engine's own default."""
-    return entry.model_dump(exclude={"model", "name"}, exclude_none=True)
+    return entry.model_dump(exclude={"model", "name", *_NOT_OF_THE_ENGINE}, exclude_none=True)
 
 
 def _spec(model: Resolved, config: ServeConfig) -> WorkerSpec:
@@ -220,10 +226,13 @@ def _spec(model: Resolved, config: ServeConfig) -> WorkerSpec:
         path=model.path,
         arguments=(
             *("--engine", json.dumps(_engine_fields(model.entry))),
+            *("--tool-parser", model.entry.tool_parser),
+            *("--reasoning-parser", model.entry.reasoning_parser),
             *("--max-body-bytes", str(config.max_body_bytes)),
             *("--engine-hang-seconds", str(config.engine_hang_timeout)),
             *("--log-format", style, "--log-level", config.log_level),
         ),
+        adapters=tuple(f"{name}={path}" for name, path in model.entry.adapters.items()),
         start_timeout=config.startup_timeout,
         health_interval=config.health_interval,
         health_timeout=config.health_timeout,

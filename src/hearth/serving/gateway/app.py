@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import aiohttp
@@ -20,6 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hearth.serving.gateway.access import Access
+from hearth.serving.gateway.adapters import LOAD_PATH, UNLOAD_PATH, AdapterRoutes
 from hearth.serving.gateway.proxy import Proxy, unavailable
 from hearth.serving.gateway.supervisor import Worker
 from hearth.serving.http import (
@@ -41,7 +42,10 @@ log = logs.get_logger("gateway")
 
 # Without a key: what probes and scrapers of the operator's own network need. They show no text.
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/metrics"})
-GENERATION_PATHS = ("/v1/completions", "/v1/chat/completions", "/generate", "/chat")
+GENERATION_PATHS = (
+    *("/v1/completions", "/v1/chat/completions", "/generate", "/chat"),
+    *("/v1/embeddings", "/tokenize", "/detokenize"),
+)
 _WORKER_TIMEOUT = aiohttp.ClientTimeout(total=3.0)
 
 
@@ -62,11 +66,16 @@ class Gateway:
         self.proxy = Proxy(self.metrics, request_timeout=request_timeout)
         self.draining = False
         self._max_queue = max_queue
-        self._max_body_bytes = max_body_bytes
+        self.max_body_bytes = max_body_bytes
         self._started = time.time()
         self._by_name: dict[str, Worker] = {}
-        self._in_flight: dict[str, int] = {}
-        routes = [Route(path, _Forward(self), methods=["POST"]) for path in GENERATION_PATHS]
+        self._in_flight: dict[str, int] = {}  # sequences, by model
+        self._num_open = 0
+        routes = [Route(path, _RawRoute(self.answer), methods=["POST"]) for path in GENERATION_PATHS]
+        adapters = AdapterRoutes(self, access)
+        routes += [
+            Route(path, _RawRoute(adapters.answer), methods=["POST"]) for path in (LOAD_PATH, UNLOAD_PATH)
+        ]
         routes += [
             Route("/v1/models", self._openai_models),
             Route("/v1/models/{name:path}", self._openai_model),
@@ -111,7 +120,7 @@ class Gateway:
                 param="model",
                 code="missing_required_parameter",
             )
-        worker = self._by_name.get(model)
+        worker = self._by_name.get(model) or self._of_adapter(model)
         if worker is None:
             shown = model if len(model) <= 100 else model[:100] + "…"
             raise HttpError(
@@ -120,19 +129,29 @@ class Gateway:
             )  # fmt: skip
         return worker
 
+    def _of_adapter(self, model: str) -> Worker | None:
+        """The worker of an adapter, called by its own name or as BASE:NAME."""
+        for worker in self.workers:
+            if model in worker.adapters:
+                return worker
+        base, _, name = model.rpartition(":")
+        named = self._by_name.get(base)
+        return named if named is not None and name in named.adapters else None
+
     def _known(self) -> str:
-        return ", ".join(worker.spec.name for worker in self.workers)
+        return ", ".join(name for worker in self.workers for name in (worker.spec.name, *worker.adapters))
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one generation request."""
         state = scope["state"]
         state["route"] = scope["path"]
         try:
-            body = await read_json_body(scope, receive, self._max_body_bytes)
-            model, state["stream"] = routing_fields(body)
-            worker = self.route(model)
+            body = await read_json_body(scope, receive, self.max_body_bytes)
+            routing = routing_fields(body)
+            state["stream"] = bool(routing.stream)
+            worker = self.route(routing.model)
             state["model"], state["model_version"] = worker.spec.name, worker.spec.version
-            with self._admit(worker):
+            with self._admit(worker, routing.num_sequences):
                 await self.proxy.forward(worker, body, scope, receive, send)
         except ClientGone:
             state["client_gone"] = True
@@ -143,7 +162,11 @@ class Gateway:
             await send_error(send, to_http_error(error))
 
     @contextlib.contextmanager
-    def _admit(self, worker: Worker) -> Iterator[None]:
+    def _admit(self, worker: Worker, num_sequences: int = 1) -> Iterator[None]:
+        """Count a request's sequences while it is answered; HttpError 429 or 503 if it may not be.
+
+        One that is larger than the limit is let in when nothing else is open: later it would fit no better.
+        """
         name = worker.spec.name
         if self.draining:
             self.metrics.rejected.labels(name, "draining").inc()
@@ -152,18 +175,23 @@ class Gateway:
             self.metrics.rejected.labels(name, "not_ready").inc()
             raise unavailable(worker)
         limit = int(worker.facts.get("max_num_seqs", 0)) + self._max_queue
-        if self._in_flight[name] >= limit:
+        open_now = self._in_flight[name]
+        if open_now >= limit or (open_now and open_now + num_sequences > limit):
             self.metrics.rejected.labels(name, "overloaded").inc()
             raise HttpError(
-                429, f"{worker.spec.version} has {limit} requests open, which is its limit",
+                429,
+                f"{worker.spec.version} is computing {open_now} sequences and this request asks for "
+                f"{num_sequences}; its limit is {limit}",
                 code="rate_limit_exceeded", retry_after=1,
             )  # fmt: skip
-        self._in_flight[name] += 1
+        self._in_flight[name] += num_sequences
+        self._num_open += 1
         self.metrics.in_flight.labels(name).inc()
         try:
             yield
         finally:
-            self._in_flight[name] -= 1
+            self._in_flight[name] -= num_sequences
+            self._num_open -= 1
             self.metrics.in_flight.labels(name).dec()
 
     # ── what there is, and how it is ─────────────────────────────────────────────────────────────────────
@@ -176,10 +204,10 @@ class Gateway:
     @property
     def num_open(self) -> int:
         """Generation requests that are being answered."""
-        return sum(self._in_flight.values())
+        return self._num_open
 
     def _openai_entry(self, worker: Worker, name: str) -> dict[str, Any]:
-        return {
+        entry = {
             "id": name,
             "object": "model",
             "created": int(self._started),
@@ -187,9 +215,17 @@ class Gateway:
             "root": worker.spec.version,
             "max_model_len": worker.facts.get("max_model_len"),
         }
+        adapter = name if name in worker.adapters else name.rpartition(":")[2]
+        if name not in worker.spec.names and adapter in worker.adapters:
+            entry |= {"root": worker.adapters[adapter], "parent": worker.spec.name}
+        return entry
 
     async def _openai_models(self, _: Request) -> Response:
-        data = [self._openai_entry(worker, worker.spec.name) for worker in self.workers]
+        data = [
+            self._openai_entry(worker, name)
+            for worker in self.workers
+            for name in (worker.spec.name, *worker.adapters)
+        ]
         return json_response({"object": "list", "data": data})
 
     async def _openai_model(self, request: Request) -> Response:
@@ -284,14 +320,14 @@ class Gateway:
         )
 
 
-class _Forward:
+class _RawRoute:
     """A route that wants the raw ASGI call; Starlette wraps functions, so this is a class."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    def __init__(self, answer: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._gateway.answer(scope, receive, send)
+        await self._answer(scope, receive, send)
 
 
 class _Guard:

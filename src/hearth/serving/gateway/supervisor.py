@@ -42,6 +42,7 @@ class WorkerSpec:
     aliases: tuple[str, ...]
     path: Path
     arguments: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()  # NAME=PATH
     command: tuple[str, ...] = (sys.executable, "-m", "hearth.serving.worker")
     start_timeout: float = 1800.0
     health_interval: float = 1.0
@@ -66,6 +67,7 @@ class Worker:
         self.restarts = 0
         self.problem: str | None = None
         self.facts: dict[str, Any] = {}
+        self.adapters: dict[str, str] = {}  # paths by name; a restart loads them again
         self.first_start: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._socket_dir = socket_dir
         self._on_change = on_change
@@ -137,6 +139,7 @@ class Worker:
                 self.spec.version,
             ),
             *(argument for alias in self.spec.aliases for argument in ("--alias", alias)),
+            *self._adapter_arguments(),
             *("--uds", str(path)),
             *self.spec.arguments,
         ]
@@ -158,6 +161,7 @@ class Worker:
             kind = getattr(errors, str(event.get("kind")), ServingError)
             raise kind(event["message"], fix=event.get("fix"))
         self.facts = event
+        self.adapters = dict(event.get("adapters") or {})
         if engine_pid := event.get("engine_pid"):
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._engine = psutil.Process(engine_pid)
@@ -165,6 +169,13 @@ class Worker:
         self.session = aiohttp.ClientSession(
             BASE_URL, connector=connector, timeout=aiohttp.ClientTimeout(total=None), auto_decompress=False
         )
+
+    def _adapter_arguments(self) -> list[str]:
+        """Those of the specification, or, after a restart, those that were loaded last."""
+        if not self.facts:
+            return [word for each in self.spec.adapters for word in ("--adapter", each)]
+        # One that has gone from the disk since must not keep the model from starting.
+        return [word for name, path in self.adapters.items() for word in ("--adapter", f"{name}?={path}")]
 
     async def _next_event(self) -> dict[str, Any]:
         process = self._process

@@ -28,11 +28,16 @@ from hearth.serving.http import (
     json_response,
     race,
     read_json_body,
+    send_bytes,
     send_error,
     to_http_error,
 )
+from hearth.serving.worker.adapters import AdapterEngine, Adapters
+from hearth.serving.worker.embedding import Embedder, EmbeddingEngine
 from hearth.serving.worker.generation import Generates, Generation
 from hearth.serving.worker.jobs import Job, JobMaker, ServedModel
+from hearth.serving.worker.prompts import PromptMaker
+from hearth.serving.worker.tokenization import Tokenization
 from hearth.serving.worker.tokens import TokenTable
 from hearth.telemetry import logs
 from hearth.telemetry.metrics import CONTENT_TYPE, EngineMetrics, EngineSnapshot
@@ -41,7 +46,7 @@ log = logs.get_logger("worker")
 STATS_TIMEOUT = 2.0  # seconds; a scrape must not wait for a busy engine
 
 
-class WorkerEngine(Generates, Protocol):
+class WorkerEngine(Generates, AdapterEngine, EmbeddingEngine, Protocol):
     """What the worker uses of AsyncEngine."""
 
     tokenizer: Any
@@ -60,23 +65,38 @@ class WorkerApp:
     """State and endpoints of one worker. ``asgi`` is the application."""
 
     def __init__(
-        self, engine: WorkerEngine, model: ServedModel, *, max_body_bytes: int, engine_hang_seconds: float
+        self,
+        engine: WorkerEngine,
+        model: ServedModel,
+        *,
+        max_body_bytes: int,
+        engine_hang_seconds: float,
+        adapters: dict[str, str] | None = None,
     ) -> None:
+        """``adapters`` are loaded already: paths by name."""
         self.engine = engine
         self.model = model
         self.metrics = EngineMetrics(model.name, model.version)
-        self._jobs = JobMaker(model, engine.tokenizer)
+        self.adapters = Adapters(engine, model.names, adapters or {})
+        prompts = PromptMaker(engine.tokenizer, model.version)
+        tokenization = Tokenization(prompts, self.adapters, model.max_model_len)
+        embedder = Embedder(engine, prompts, self.adapters, model.version, model.max_model_len)
         self._tokens = TokenTable(engine.tokenizer)
         self._max_body_bytes = max_body_bytes
         self._engine_hang_seconds = engine_hang_seconds
         self._started = time.time()
         self._last_stats: EngineStats | None = None
-        make = self._jobs
+        make = JobMaker(model, prompts, self.adapters)
         routes = [
             Route("/v1/completions", self._generation(make.completion), methods=["POST"]),
             Route("/v1/chat/completions", self._generation(make.chat), methods=["POST"]),
             Route("/generate", self._generation(make.generate), methods=["POST"]),
             Route("/chat", self._generation(make.plain_chat), methods=["POST"]),
+            Route("/v1/embeddings", self._reply(embedder.answer), methods=["POST"]),
+            Route("/tokenize", self._reply(tokenization.tokenize), methods=["POST"]),
+            Route("/detokenize", self._reply(tokenization.detokenize), methods=["POST"]),
+            Route("/v1/load_lora_adapter", self._reply(self.adapters.load), methods=["POST"]),
+            Route("/v1/unload_lora_adapter", self._reply(self.adapters.unload), methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._one_model),
             Route("/stats", self._stats),
@@ -89,12 +109,23 @@ class WorkerApp:
         self.asgi: ASGIApp = Envelope(Starlette(routes=routes, exception_handlers=handlers), self._on_done)
 
     def _generation(self, make: Callable[[bytes], Awaitable[Job]]) -> ASGIApp:
-        return _GenerationEndpoint(self, make)
+        async def respond(body: bytes, scope: Scope, send: Send) -> None:
+            job = await make(body)
+            scope["state"]["model_version"] = job.version
+            generation = Generation(self.engine, job, self._tokens, self.metrics)
+            scope["state"]["generation"] = generation
+            await generation.respond(send)
 
-    async def answer(
-        self, make: Callable[[bytes], Awaitable[Job]], scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Serve one generation request from body to last byte."""
+        return _Endpoint(self, respond)
+
+    def _reply(self, work: Callable[[bytes], Awaitable[dict[str, Any]]]) -> ASGIApp:
+        async def respond(body: bytes, _: Scope, send: Send) -> None:
+            await send_bytes(send, 200, msgspec.json.encode(await work(body)))
+
+        return _Endpoint(self, respond)
+
+    async def answer(self, respond: Respond, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request with a body, from its first byte to the answer's last."""
         scope["state"]["model_version"] = self.model.version
         started = False
 
@@ -105,16 +136,13 @@ class WorkerApp:
 
         try:
             body = await read_json_body(scope, receive, self._max_body_bytes)
-            job = await make(body)
-            generation = Generation(self.engine, job, self._tokens, self.metrics)
-            scope["state"]["generation"] = generation
-            await race(generation.respond(watched_send), receive)
+            await race(respond(body, scope, watched_send), receive)
         except ClientGone:
             scope["state"]["client_gone"] = True
         except Exception as error:
             if started:
                 raise
-            mapped = to_http_error(error)
+            mapped = to_http_error(_only(error))
             if mapped.status >= 500 and not isinstance(error, EngineDeadError):
                 log.exception("request failed", extra=logs.fields(route=scope["path"]))
             await send_error(send, mapped)
@@ -179,16 +207,16 @@ class WorkerApp:
             "max_model_len": self.model.max_model_len,
         }
 
+    def _describe_adapter(self, name: str) -> dict[str, Any]:
+        return {**self.describe(), "id": name, "root": self.adapters.paths[name], "parent": self.model.name}
+
     async def _models(self, _: Request) -> Response:
-        return json_response({"object": "list", "data": [self.describe()]})
+        data = [self.describe(), *map(self._describe_adapter, self.adapters.paths)]
+        return json_response({"object": "list", "data": data})
 
     async def _one_model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        if name not in self.model.names:
-            raise HttpError(
-                404, f"the model {name!r} is not served here", param="model", code="model_not_found"
-            )
-        return json_response(self.describe())
+        adapter = self.adapters.find(request.path_params["name"])
+        return json_response(self.describe() if adapter is None else self._describe_adapter(adapter))
 
     def _on_done(self, scope: Scope, status: int, seconds: float) -> None:
         generation: Generation | None = scope["state"].get("generation")
@@ -206,12 +234,20 @@ class WorkerApp:
         )
 
 
-class _GenerationEndpoint:
+Respond = Callable[[bytes, Scope, Send], Awaitable[None]]
+
+
+class _Endpoint:
     """A route that wants the raw ASGI call; Starlette wraps functions, so this is a class."""
 
-    def __init__(self, app: WorkerApp, make: Callable[[bytes], Awaitable[Job]]) -> None:
+    def __init__(self, app: WorkerApp, respond: Respond) -> None:
         self._app = app
-        self._make = make
+        self._respond = respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app.answer(self._make, scope, receive, send)
+        await self._app.answer(self._respond, scope, receive, send)
+
+
+def _only(error: Exception) -> BaseException:
+    """The first of several errors that a group of tasks raised."""
+    return error.exceptions[0] if isinstance(error, ExceptionGroup) else error

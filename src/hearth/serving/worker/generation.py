@@ -78,7 +78,9 @@ class Generation:
         try:
             async with aclosing(self.deltas()) as deltas:
                 async for delta in deltas:
-                    data = event(dialect.delta(delta))
+                    data = b"".join(map(event, dialect.delta(delta)))
+                    if not data:
+                        continue
                     if not started:
                         # Not before the first token: until then an error can still have a status of its own.
                         await start_stream(send)
@@ -170,8 +172,10 @@ class Generation:
             raise
 
     def _delta(self, choice: int, output: RequestOutput) -> Delta:
-        logprobs = tuple(map(self._tokens.render, output.logprobs or ()))
-        return Delta(choice, output.text, len(output.token_ids), logprobs, output.finish_reason)
+        render = self._tokens.render
+        logprobs = tuple(map(render, output.logprobs or ()))
+        of_prompt = tuple(entry and render(entry) for entry in getattr(output, "prompt_logprobs", None) or ())
+        return Delta(choice, output.text, len(output.token_ids), logprobs, output.finish_reason, of_prompt)
 
     def _observe_end(self, reason: str, num_generated: int) -> None:
         self._metrics.observe_finished(

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hearth.engine import SamplingParams
-from hearth.models import encode_chat, encode_text
+from hearth.engine.params import Guided
+from hearth.engine.parsing import Parser, Style
 from hearth.serving import protocol
-from hearth.serving.answers import ChatDialect, CompletionDialect, Dialect, Heading, PlainDialect
+from hearth.serving.answers import Dialect, Heading
+from hearth.serving.chat_answers import AnswerForm, ChatDialect
+from hearth.serving.completion_answers import CompletionDialect
+from hearth.serving.constraints import guided_of
+from hearth.serving.decoding import invalid, missing
 from hearth.serving.http import HttpError
+from hearth.serving.inputs import as_list, text_inputs
+from hearth.serving.messages import chat_messages
+from hearth.serving.plain_answers import PlainDialect
+from hearth.serving.tool_use import ToolUse, tool_use
+from hearth.serving.worker.adapters import Adapters
+from hearth.serving.worker.prompts import PromptMaker, special_texts
 
-# Encoding takes about a microsecond a character; longer texts are encoded off the event loop.
-_INLINE_CHARACTERS = 8192
 _DEFAULT_COMPLETION_TOKENS = 16
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What a worker serves. ``version`` (``name@3``) is the answer's lineage; all ``names`` mean it."""
+    """What a worker serves. ``version`` (``name@3``) is the answer's lineage; all ``names`` mean it.
+
+    style: how its answers are written, by its chat template or by the operator's word.
+    """
 
     name: str
     version: str
@@ -33,6 +44,7 @@ class ServedModel:
     path: Path
     max_model_len: int = 0
     defaults: dict[str, Any] = field(default_factory=dict)
+    style: Style = field(default_factory=Style)
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class Job:
     params: SamplingParams
     dialect: Dialect
     stream: bool
+    version: str = ""  # what the answer is attributed to, adapter included
 
     @property
     def num_choices(self) -> int:
@@ -64,143 +77,147 @@ def generation_defaults(path: Path) -> dict[str, Any]:
 class JobMaker:
     """Makes jobs for one model."""
 
-    def __init__(self, model: ServedModel, tokenizer: Any) -> None:
+    def __init__(self, model: ServedModel, prompts: PromptMaker, adapters: Adapters) -> None:
         self._model = model
-        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._adapters = adapters
+        special = special_texts(prompts.tokenizer)
+        hidden = any(marker in text or text in marker for marker in model.style.markers for text in special)
+        # Where markers are special tokens, an answer shows them only if it shows all special tokens.
+        self._markers_hidden = hidden
 
     async def completion(self, body: bytes) -> Job:
         """``POST /v1/completions``."""
         request = protocol.parse(body, protocol.CompletionRequest)
-        self._check_model(request)
-        texts = protocol.completion_prompts(request.prompt)
-        if request.echo and request.logprobs is not None:
-            raise HttpError(
-                400,
-                "echo together with logprobs is not supported yet",
-                param="echo",
-                code="unsupported_parameter",
+        texts = text_inputs(request.prompt, "prompt")
+        prompts = [await self._prompts.encode(text) for text in texts]
+        echo_logprobs = request.logprobs if request.echo else None
+        if None not in (request.prompt_logprobs, echo_logprobs) and request.prompt_logprobs != echo_logprobs:
+            raise invalid(
+                "prompt_logprobs and logprobs with echo disagree: send one number", "prompt_logprobs"
             )
-        prompts = [await self._encode(text) for text in texts]
-        limit = request.max_tokens
         params = self._params(
-            request, prompts, "prompt", limit, default=_DEFAULT_COMPLETION_TOKENS, logprobs=request.logprobs
-        )
-        echo = [self._text(prompt) for prompt in texts for _ in range(params.n)] if request.echo else None
+            request, prompts, "prompt", request.max_tokens, default=_DEFAULT_COMPLETION_TOKENS,
+            logprobs=request.logprobs,
+            prompt_logprobs=request.prompt_logprobs if echo_logprobs is None else echo_logprobs,
+            best_of=request.best_of, guided=guided_of(request),
+        )  # fmt: skip
+        if request.stream and params.num_sequences > params.n:
+            raise invalid("best_of above n cannot be streamed: the best is known at the end", "best_of")
+        echo = None
+        if request.echo:
+            echo = [self._prompts.text_of(prompt) for prompt in texts for _ in range(params.n)]
+        heading = self._heading("cmpl", params)
         dialect = CompletionDialect(
-            self._heading("cmpl"),
+            heading,
             logprobs=request.logprobs is not None,
             include_usage=_include_usage(request),
             echo=echo,
+            prompt_logprobs=request.prompt_logprobs is not None,
         )
-        return Job(tuple(prompts), params, dialect, bool(request.stream))
+        return Job(tuple(prompts), params, dialect, bool(request.stream), heading.model)
 
     async def chat(self, body: bytes) -> Job:
         """``POST /v1/chat/completions``."""
         request = protocol.parse(body, protocol.ChatRequest)
-        self._check_model(request)
         if request.top_logprobs is not None and not request.logprobs:
-            raise HttpError(
-                400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value"
-            )
+            raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
         limits = {value for value in (request.max_tokens, request.max_completion_tokens) if value is not None}
         if len(limits) > 1:
-            raise HttpError(
-                400,
+            raise invalid(
                 f"max_tokens {request.max_tokens} and max_completion_tokens {request.max_completion_tokens} "
                 "disagree: send one of them",
-                param="max_completion_tokens",
-                code="invalid_value",
+                "max_completion_tokens",
             )
-        prompt = await self._render(protocol.chat_messages(request.messages))
-        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        use = tool_use(request.tools, request.tool_choice, request.parallel_tool_calls)
+        settings = dict(request.chat_template_kwargs or {})
+        if request.reasoning_effort not in (None, "none"):
+            if "reasoning_effort" not in self._prompts.template:
+                raise invalid(
+                    "reasoning_effort is not supported by this model's chat template", "reasoning_effort",
+                    "unsupported_parameter",
+                )  # fmt: skip
+            settings.setdefault("reasoning_effort", request.reasoning_effort)
+        prompt = await self._prompts.render(
+            chat_messages(request.messages), tools=use.described if use else (), kwargs=settings
+        )
+        guided = guided_of(request) if use is None else self._enforced(use, guided_of(request))
+        form = self._form(use, guided, prompt)
         params = self._params(
-            request, [prompt], "messages", limits.pop() if limits else None, default=None, logprobs=logprobs
-        )
+            request, [prompt], "messages", limits.pop() if limits else None, default=None,
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            prompt_logprobs=request.prompt_logprobs, guided=guided,
+            show_markers=self._markers_hidden and form is not None and (use is None or use.mode == "auto"),
+        )  # fmt: skip
+        heading = self._heading("chatcmpl", params)
         dialect = ChatDialect(
-            self._heading("chatcmpl"), logprobs=bool(request.logprobs), include_usage=_include_usage(request)
+            heading,
+            logprobs=bool(request.logprobs),
+            include_usage=_include_usage(request),
+            form=form,
+            prompt_logprobs=request.prompt_logprobs is not None,
         )
-        return Job((prompt,), params, dialect, bool(request.stream))
+        return Job((prompt,), params, dialect, bool(request.stream), heading.model)
+
+    def _form(self, use: ToolUse | None, guided: Guided | None, prompt: list[int]) -> AnswerForm | None:
+        """How the answer is read; None where its text is the content."""
+        if use is not None and use.name is not None:
+            name = use.name
+            return AnswerForm(lambda: Parser.of_call(name), forced=True)
+        style, schemas = self._model.style, use.schemas if use else None
+        if use is not None and use.mode == "required":
+            listed = Style(tools="json_list")
+            short_ids = style.tools == "mistral"
+            return AnswerForm(
+                lambda: Parser.of(listed, tools=schemas), max_calls=use.max_calls, short_ids=short_ids
+            )
+        if guided is not None:  # from the first token on: there is no room for reasoning
+            return None
+        if use is None and style.reasoning is None:
+            return None
+        opened = style.opened_by(self._prompts.tail_of(prompt))
+        return AnswerForm(
+            lambda: Parser.of(style, tools=schemas, opened=opened, calls=use is not None),
+            max_calls=use.max_calls if use else None,
+            short_ids=style.tools == "mistral",
+        )
 
     async def generate(self, body: bytes) -> Job:
         """``POST /generate``."""
         request = protocol.parse(body, protocol.GenerateRequest)
-        self._check_model(request)
         if not isinstance(request.prompt, (str, list)):
-            raise HttpError(
-                400, "missing required field 'prompt'", param="prompt", code="missing_required_parameter"
-            )
-        prompt = await self._encode(request.prompt)
-        params = self._params(request, [prompt], "prompt", request.max_tokens, default=256)
-        return Job((prompt,), params, PlainDialect(self._heading("gen")), bool(request.stream))
+            raise missing("prompt")
+        prompt = await self._prompts.encode(request.prompt)
+        params = self._params(
+            request, [prompt], "prompt", request.max_tokens, default=256, guided=guided_of(request)
+        )
+        heading = self._heading("gen", params)
+        return Job((prompt,), params, PlainDialect(heading), bool(request.stream), heading.model)
 
     async def plain_chat(self, body: bytes) -> Job:
         """``POST /chat``."""
         request = protocol.parse(body, protocol.PlainChatRequest)
-        self._check_model(request)
         if (request.messages is None) == (request.message is None):
-            raise HttpError(400, "send either 'message' or 'messages'", param="message", code="invalid_value")
+            raise invalid("send either 'message' or 'messages'", "message")
         if request.messages is not None:
             for name in ("system", "history"):
                 if getattr(request, name) is not None:
-                    raise HttpError(
-                        400,
-                        f"{name} goes with 'message'; put it into 'messages'",
-                        param=name,
-                        code="invalid_value",
-                    )
-            messages = protocol.chat_messages(request.messages)
+                    raise invalid(f"{name} goes with 'message'; put it into 'messages'", name)
+            messages = chat_messages(request.messages)
         else:
-            history = protocol.chat_messages(request.history, param="history") if request.history else []
+            history = chat_messages(request.history, param="history") if request.history else []
             messages = [{"role": "system", "content": request.system}] if request.system is not None else []
             messages += [*history, {"role": "user", "content": request.message or ""}]
-        prompt = await self._render(messages)
-        params = self._params(request, [prompt], "messages", request.max_tokens, default=None)
-        return Job((prompt,), params, PlainDialect(self._heading("chat")), bool(request.stream))
+        prompt = await self._prompts.render(messages)
+        params = self._params(
+            request, [prompt], "messages", request.max_tokens, default=None, guided=guided_of(request)
+        )
+        heading = self._heading("chat", params)
+        return Job((prompt,), params, PlainDialect(heading), bool(request.stream), heading.model)
 
-    def _heading(self, prefix: str) -> Heading:
-        return Heading(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), self._model.version)
-
-    def _check_model(self, request: protocol.Sampling) -> None:
-        if request.model is not None and request.model not in self._model.names:
-            raise HttpError(
-                404, f"the model {request.model!r} is not served here; this is {self._model.version}",
-                param="model", code="model_not_found",
-            )  # fmt: skip
-
-    def _text(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else str(self._tokenizer.decode(prompt))
-
-    async def _encode(self, prompt: str | list[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            if not prompt:
-                raise HttpError(
-                    400, "prompt: the list of token ids is empty", param="prompt", code="invalid_value"
-                )
-            return list(prompt)
-        ids = await self._call(len(prompt), lambda: encode_text(self._tokenizer, prompt))
-        if not ids:
-            raise HttpError(
-                400, "prompt is empty, and this tokenizer has no token that begins a text", param="prompt",
-                code="invalid_value",
-            )  # fmt: skip
-        return ids
-
-    async def _render(self, messages: list[dict[str, str]]) -> list[int]:
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise HttpError(
-                400,
-                f"the model {self._model.version} has no chat template: it was not trained to chat; "
-                "use /v1/completions or /generate",
-                code="no_chat_template",
-            )
-        num_characters = sum(len(turn["content"]) for turn in messages)
-        return await self._call(num_characters, lambda: encode_chat(self._tokenizer, messages))
-
-    @staticmethod
-    async def _call(num_characters: int, work: Callable[[], list[int]]) -> list[int]:
-        if num_characters <= _INLINE_CHARACTERS:
-            return work()
-        return await asyncio.to_thread(work)
+    def _heading(self, prefix: str, params: SamplingParams) -> Heading:
+        version = self._model.version + (f":{params.adapter}" if params.adapter else "")
+        return Heading(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), version)
 
     def _params(
         self,
@@ -211,8 +228,13 @@ class JobMaker:
         *,
         default: int | None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        best_of: int | None = None,
+        guided: Guided | None = None,
+        show_markers: bool = False,
     ) -> SamplingParams:
         """Check the context and fill in defaults: request, then the model's own, then OpenAI's."""
+        adapter = self._adapters.find(request.model)
         longest, room = max(map(len, prompts)), self._model.max_model_len
         if longest >= room or (max_tokens is not None and longest + max_tokens > room):
             asked = f" and {max_tokens} tokens of output" if max_tokens is not None else ""
@@ -227,23 +249,39 @@ class JobMaker:
         if max_tokens is None:
             max_tokens = rest if default is None else min(default, rest)
         values: dict[str, Any] = dict(self._model.defaults)
+        if show_markers:
+            values["skip_special_tokens"] = False
         for name in (
             *("temperature", "top_p", "top_k", "min_p", "min_tokens", "seed", "n", "ignore_eos"),
             *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
+            *("priority", "cache_salt", "skip_special_tokens"),
         ):
             if (value := getattr(request, name)) is not None:
                 values[name] = value
         if request.stop_token_ids is not None:
             values["stop_token_ids"] = tuple(request.stop_token_ids)
         return SamplingParams(
-            max_tokens=max_tokens, stop=protocol.as_list(request.stop), logprobs=logprobs, **values
-        )
+            max_tokens=max_tokens, stop=as_list(request.stop), logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs, best_of=best_of, guided=guided, adapter=adapter, **values,
+        )  # fmt: skip
+
+    def _enforced(self, use: ToolUse, guided: Guided | None) -> Guided | None:
+        """The grammar of an answer with tools; HttpError 400 where tools could not do what is asked."""
+        if use.mode != "auto":
+            if guided is not None:
+                raise invalid("tool_choice and another form of the answer are both asked for", "tool_choice")
+            return use.guided()
+        if "tools" not in self._prompts.template or self._model.style.tools is None:
+            raise invalid(
+                f"the chat template of {self._model.version} knows no tools, or writes calls in no format "
+                'that we know; tool_choice "required" or a named function works with any model',
+                "tools", "unsupported_parameter",
+            )  # fmt: skip
+        return guided
 
 
 def _include_usage(request: protocol.CompletionRequest | protocol.ChatRequest) -> bool:
     options = request.stream_options
     if options is not None and not request.stream:
-        raise HttpError(
-            400, "stream_options needs stream: true", param="stream_options", code="invalid_value"
-        )
+        raise invalid("stream_options needs stream: true", "stream_options")
     return bool(options is not None and options.include_usage)

@@ -24,6 +24,7 @@ from hearth.telemetry import logs
 
 if TYPE_CHECKING:
     from hearth.engine import AsyncEngine
+    from hearth.engine.parsing import Style
     from hearth.serving.servers import Server
 
 log = logs.get_logger("worker")
@@ -42,6 +43,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8100)
     parser.add_argument("--engine", type=json.loads, default={}, help="EngineConfig fields as JSON")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=PATH", help="a LoRA adapter to load"
+    )
+    parser.add_argument("--tool-parser", default="auto", help="format of tool calls: auto, none or a name")
+    parser.add_argument("--reasoning-parser", default="auto", help="format of reasoning: likewise")
     parser.add_argument("--max-body-bytes", type=int, default=16 * 2**20)
     parser.add_argument("--engine-hang-seconds", type=float, default=120.0)
     parser.add_argument("--drain-seconds", type=float, default=10.0)
@@ -87,13 +93,17 @@ def _emit(channel: int, event: dict[str, Any]) -> None:
 
 async def _serve(options: argparse.Namespace, name: str, channel: int, started: float) -> int:
     from hearth.engine import AsyncEngine, EngineConfig
+    from hearth.serving.worker.starting import load_adapters, style_of
 
     imported = time.monotonic()
     config = EngineConfig.of(**options.engine)
     engine = await AsyncEngine.start(options.model, config)
     try:
+        adapters = await load_adapters(engine, options.adapter)
         loaded = time.monotonic()
-        server = _make_server(options, name, engine)
+        style = style_of(engine.tokenizer, options.tool_parser, options.reasoning_parser)
+        engine.model_info |= {"tool_parser": style.tools, "reasoning_parser": style.reasoning}
+        server = _make_server(options, name, engine, style, adapters)
         loading = engine.initial_stats.load_seconds
         timeline = {
             "imports": imported - started,
@@ -108,6 +118,7 @@ async def _serve(options: argparse.Namespace, name: str, channel: int, started: 
             "max_num_seqs": config.max_num_seqs,
             "chat": bool(getattr(engine.tokenizer, "chat_template", None)),
             "model_info": engine.model_info,
+            "adapters": adapters,
         }
 
         def on_started() -> None:
@@ -122,7 +133,9 @@ async def _serve(options: argparse.Namespace, name: str, channel: int, started: 
         sys.stderr.flush()
 
 
-def _make_server(options: argparse.Namespace, name: str, engine: AsyncEngine) -> Server:
+def _make_server(
+    options: argparse.Namespace, name: str, engine: AsyncEngine, style: Style, adapters: dict[str, str]
+) -> Server:
     # Imported now, not before the engine's start: these need what the engine's tokenizer has just loaded,
     # and loading it first would keep the engine's process waiting for its own imports.
     import prometheus_client
@@ -140,12 +153,14 @@ def _make_server(options: argparse.Namespace, name: str, engine: AsyncEngine) ->
         path=options.model,
         max_model_len=engine.max_model_len,
         defaults=generation_defaults(options.model),
+        style=style,
     )
     app = WorkerApp(
         engine,
         model,
         max_body_bytes=options.max_body_bytes,
         engine_hang_seconds=options.engine_hang_seconds,
+        adapters=adapters,
     )
     address = {"uds": options.uds} if options.uds else {"host": options.host, "port": options.port}
     return make_server(app.asgi, drain_seconds=options.drain_seconds, **address)

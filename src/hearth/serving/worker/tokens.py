@@ -62,4 +62,5 @@ class TokenTable:
     def _one(self, token_id: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
         raw = self.bytes_of(token_id)
         # JSON has no infinity; OpenAI writes an impossible token as -9999.
-        return TokenLogprob(raw.decode("utf-8", errors="replace"), max(logprob, -9999.0), tuple(raw), top)
+        text = raw.decode("utf-8", errors="replace")
+        return TokenLogprob(text, max(logprob, -9999.0), tuple(raw), top, token_id)
