@@ -1,0 +1,104 @@
+"""Loading and unloading adapters: passed on to the worker, and remembered for routing and for restarts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import aiohttp
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from hearth.serving.decoding import decode, invalid
+from hearth.serving.gateway.access import Access
+from hearth.serving.gateway.proxy import unavailable
+from hearth.serving.http import (
+    JSON_TYPE,
+    REQUEST_ID_HEADER,
+    ClientGone,
+    HttpError,
+    read_json_body,
+    send_bytes,
+    send_error,
+)
+from hearth.serving.protocol import LoadAdapterRequest, UnloadAdapterRequest
+from hearth.telemetry import logs
+
+if TYPE_CHECKING:
+    from hearth.serving.gateway.supervisor import Worker
+
+log = logs.get_logger("gateway")
+LOAD_PATH, UNLOAD_PATH = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+_LOCAL = ("127.0.0.1", "::1")
+_TIMEOUT = aiohttp.ClientTimeout(total=300.0)
+
+
+class Models(Protocol):
+    """What is used of the gateway."""
+
+    max_body_bytes: int
+
+    @property
+    def workers(self) -> list[Worker]: ...
+    def route(self, model: str | None) -> Worker: ...
+
+
+class AdapterRoutes:
+    """Endpoints of the operator. Without API keys only this machine may use them: they read its disk."""
+
+    def __init__(self, models: Models, access: Access) -> None:
+        self._models = models
+        self._access = access
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request to load or to unload."""
+        try:
+            client = scope.get("client")
+            if not self._access.required and (client is None or client[0] not in _LOCAL):
+                raise HttpError(
+                    403, "without API keys adapters are loaded from this machine only", code="not_allowed"
+                )
+            body = await read_json_body(scope, receive, self._models.max_body_bytes)
+            await self._forward(scope, body, send)
+        except ClientGone:
+            scope["state"]["client_gone"] = True
+        except HttpError as error:
+            await send_error(send, error)
+
+    async def _forward(self, scope: Scope, body: bytes, send: Send) -> None:
+        request: LoadAdapterRequest | UnloadAdapterRequest
+        loads = scope["path"] == LOAD_PATH
+        request = decode(body, LoadAdapterRequest) if loads else decode(body, UnloadAdapterRequest)
+        name = request.lora_name
+        worker = self._worker_for(name, request.model, loads=loads)
+        session = worker.session
+        if session is None or worker.state != "ready":
+            raise unavailable(worker)
+        headers = {"content-type": JSON_TYPE, REQUEST_ID_HEADER: scope["state"]["request_id"]}
+        # The worker is told its own model's name: the request may have left it out.
+        told = msgspec.json.encode(msgspec.structs.replace(request, model=worker.spec.name))
+        try:
+            async with session.post(scope["path"], data=told, headers=headers, timeout=_TIMEOUT) as response:
+                status, answer = response.status, await response.read()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise HttpError(
+                503, f"the worker of {worker.spec.version} failed", code="worker_failed"
+            ) from error
+        if status == 200:
+            if isinstance(request, LoadAdapterRequest):
+                worker.adapters[name] = request.lora_path
+            else:
+                worker.adapters.pop(name, None)
+            what = "adapter loaded" if loads else "adapter unloaded"
+            log.info(what, extra=logs.fields(model=worker.spec.version, adapter=name))
+        await send_bytes(send, status, answer)
+
+    def _worker_for(self, name: str, model: str | None, *, loads: bool) -> Worker:
+        if not loads and model is None:
+            holders = [worker for worker in self._models.workers if name in worker.adapters]
+            if len(holders) == 1:
+                return holders[0]
+        worker = self._models.route(model)
+        taken = [w for w in self._models.workers if name in w.adapters or name in w.spec.names]
+        if loads and taken:
+            raise invalid(f"there is a model or adapter {name!r} already", "lora_name")
+        return worker
