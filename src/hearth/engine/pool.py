@@ -74,6 +74,11 @@ class BlockPool:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def waste(self, running: Iterable[Request]) -> float:
+        """The part of the used blocks' slots that hold no token: the ends of the sequences' last blocks."""
+        empty = sum(len(r.block_ids) * self.block_size - r.num_computed for r in running)
+        return empty / (self.num_used * self.block_size) if self.num_used else 0.0
+
     def count_released(self, request: Request, owners: Counter[int]) -> int:
         """Blocks that become available when ``request`` is released after those counted in ``owners``."""
         count = 0
@@ -219,8 +224,6 @@ class BlockPool:
     def _fetch(self, block_hash: bytes) -> int:
         """A block into which the next step copies what the host pool has."""
         assert self.host is not None
-        if block_hash in self._block_of:  # pragma: no cover - `find` would have found it
-            raise AssertionError("a block was fetched that is on the device")
         self.swap_in.append((self.host.fetch(block_hash), block_id := self._take()))
         self._publish(block_id, block_hash)
         return block_id

@@ -13,6 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from hearth.engine.plan import Plan
+
+_MIN_TOKENS = 16  # a step of fewer takes the time of reading the weights, whatever their number
+
 
 @dataclass
 class Costs:
@@ -21,9 +25,12 @@ class Costs:
     bytes_per_second: float | None = None  # between a block and a slot
     seconds_per_token: float | None = None  # of a prompt
 
-    def observe_prompt(self, num_tokens: int, seconds: float) -> None:
-        """Take note of a step that mostly computed prompts: a moving average, so that a first step, which
-        compiles kernels, is soon forgotten."""
+    def observe(self, plan: Plan, seconds: float) -> None:
+        """Take note of an executed step, if it mostly computed prompts. A moving average, so that a first
+        step, which compiles kernels, is soon forgotten."""
+        num_tokens = plan.num_tokens
+        if num_tokens < _MIN_TOKENS or num_tokens < 2 * len(plan.rows):
+            return
         cost = seconds / num_tokens
         known = self.seconds_per_token
         self.seconds_per_token = cost if known is None else 0.7 * known + 0.3 * cost
