@@ -25,7 +25,7 @@ from hearth.engine.quantize import Int4Weight, Int8Weight, quantize_int4, quanti
 # Rows up to which torch's int8 operator beats a product with the dequantised weight.
 _FEW_ROWS = 16
 _GROUP = 64
-# The attribute of a module whose linear layers must stay as they are, because it reads their weights itself.
+# The attribute of a linear layer that must stay as it is, because the model reads its weight itself.
 KEEP = "_hearth_keep_linears"
 
 Delta = Callable[[torch.Tensor, torch.Tensor], None]
@@ -182,9 +182,9 @@ def pack_linears(model: nn.Module, *, weights: str = "auto", use_native: bool = 
     head = None if find_head is None else find_head()
     num_packed = 0
     for path, module in list(model.named_modules()):
-        if getattr(module, KEEP, False):
-            continue
         for name, child in list(module.named_children()):
+            if getattr(child, KEEP, False):
+                continue
             weight: torch.Tensor
             bias: torch.Tensor | None
             if type(child) is nn.Linear:

@@ -16,12 +16,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from hearth.engine.attention.layer import KNOWN_ARGUMENTS, LayerSpec
 from hearth.engine.attention.torch_path import dot_product
+from hearth.engine.linear import KEEP
 from hearth.errors import ConfigError, UnsupportedModelError
 
 _PROBE = "hearth_probe"
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_NO_INTERFACE = "it does not use transformers' attention interface"
 _FIX = "use a model with plain causal attention, or run this one with transformers' own generate"
 _calls: list[tuple[torch.nn.Module, LayerSpec, set[str]]] = []
+# Families whose config and forward pass look like those of others, and which mean something else.
+_OWN_WAYS = {
+    "moshi": "its forward pass ignores sliding_window and its own cache does not, so that transformers gives "
+    "other tokens with a cache than without"
+}
 
 
 def refuse(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
@@ -67,25 +74,28 @@ def examine(model: PreTrainedModel) -> list[tuple[torch.nn.Module, LayerSpec]]:
     input_ids = torch.arange(8, device=model.device)[None] % config.vocab_size
     positions = torch.arange(8, device=model.device)[None]
     try:
-        with attention(model, _PROBE), torch.inference_mode():
+        with attention(model, _PROBE), torch.inference_mode(), _marking_idle_linears(model):
             model(input_ids=input_ids, position_ids=positions, use_cache=False)
-    except UnsupportedModelError:
-        raise
+    except UnsupportedModelError as error:
+        raise refuse(model, error.message) from error
     except Exception as error:
+        # Without a mask, attention of a model's own often fails before anything else is learnt of it.
+        if not _calls:
+            raise refuse(model, _NO_INTERFACE) from error
         raise refuse(model, f"a first forward pass failed with {type(error).__name__}: {error}") from error
     calls = list(_calls)
     _calls.clear()
     num_layers = config.num_hidden_layers
     if not calls:
-        raise refuse(model, "it does not use transformers' attention interface")
+        raise refuse(model, _NO_INTERFACE)
+    if len({id(module) for module, _, _ in calls}) != len(calls):
+        raise refuse(model, "one attention module is called several times in a pass")
     if len(calls) != num_layers:
         raise refuse(
             model,
             f"{len(calls)} of its {num_layers} layers call the attention interface; the others keep a state "
-            "of another kind (state space, linear attention) that the paged cache does not hold",
+            "that the paged cache does not hold (state space, linear attention, cross attention)",
         )
-    if len({id(module) for module, _, _ in calls}) != len(calls):
-        raise refuse(model, "one attention module is called several times in a pass")
     unknown = sorted(set().union(*(arguments for _, _, arguments in calls)) - KNOWN_ARGUMENTS)
     if unknown:
         raise refuse(model, f"its attention takes {', '.join(unknown)}, which paged attention does not know")
@@ -100,8 +110,25 @@ def _check_config(model: PreTrainedModel, config: Any) -> None:
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES)
     if unknown:
         raise refuse(model, f"it has layers of type {', '.join(unknown)}")
-    if getattr(config, "use_bidirectional_attention", None):
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # text is causal
         raise refuse(model, "its attention looks ahead (use_bidirectional_attention)")
+    if config.model_type in _OWN_WAYS:
+        raise refuse(model, _OWN_WAYS[config.model_type])
+
+
+@contextmanager
+def _marking_idle_linears(model: torch.nn.Module) -> Iterator[None]:
+    """Mark the linear layers that a pass does not call: their weights may be read instead of their forward
+    used, as some routers of experts do, and must stay as they are."""
+    idle = {module for module in model.modules() if type(module) is torch.nn.Linear}
+    hooks = [module.register_forward_pre_hook(lambda used, _: idle.discard(used)) for module in idle]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in idle:
+            setattr(module, KEEP, True)
 
 
 def _probe_attention(
