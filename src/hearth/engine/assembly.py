@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from hearth.engine import support
+from hearth.engine import stack, support
+from hearth.engine.attention.choice import why_not_numba
 from hearth.engine.attention.layer import LayerSpec
 from hearth.engine.config import EngineConfig
+from hearth.engine.hostcopy import HostBlocks, block_bytes
 from hearth.engine.linear import can_pack, pack_linears
 from hearth.engine.memory import DEFAULT_SHARE, available_memory
 from hearth.engine.norm import fuse_norms
+from hearth.engine.pool import BlockPool
 from hearth.engine.runner import Runner
+from hearth.engine.scheduler import Scheduler
+from hearth.engine.swap import Costs, HostPool
 from hearth.errors import ConfigError, EngineError
 
 logger = logging.getLogger(__name__)
@@ -23,9 +27,17 @@ logger = logging.getLogger(__name__)
 Specs = list[tuple[torch.nn.Module, LayerSpec]]
 
 
-def assemble(model: PreTrainedModel, config: EngineConfig) -> tuple[Runner, int, int]:
+def assemble(
+    model: PreTrainedModel,
+    config: EngineConfig,
+    *,
+    num_blocks: int | None = None,
+    shared_token_bytes: int = 0,
+) -> tuple[Runner, int, int]:
     """A tested runner, the number of blocks of its KV cache, and the longest sequence that it serves.
 
+    num_blocks: of a pool that exists already, for a draft model; None sizes one.
+    shared_token_bytes: what else each token of the pool takes, in the cache of a draft model.
     Changes ``model`` in place. Raises `UnsupportedModelError` if the model cannot run, `ConfigError` if the
     settings do not fit it, `EngineError` if the memory does not suffice.
     """
@@ -33,19 +45,70 @@ def assemble(model: PreTrainedModel, config: EngineConfig) -> tuple[Runner, int,
     specs = support.examine(model)
     if config.prepack and can_pack(model.dtype, model.device):
         pack_linears(model)
-    num_blocks, max_model_len = size_pool(model, text_config, [spec for _, spec in specs], config)
+    if num_blocks is None:
+        token_bytes = sum(spec.bytes_per_token(model.dtype, config.kv_dtype) for _, spec in specs)
+        num_blocks, max_model_len = size_pool(model, text_config, token_bytes + shared_token_bytes, config)
+    else:
+        assert config.max_model_len is not None
+        max_model_len = config.max_model_len
     support.pin_rope(model, max_model_len)
     runner = _make_runner(model, specs, num_blocks, config)
-    if runner.layers[0].use_numba:
+    if runner.layers[0].path != "torch" and not why_not_numba(model.dtype, model.device):
         fuse_norms(model)
-    runner.self_test(int(text_config.vocab_size), max_model_len)
+    vocab_size = int(text_config.vocab_size)
+    if config.native and config.tensor_parallel == 1:
+        runner.stack = stack.install(model, runner, vocab_size, max_model_len)
+    runner.self_test(vocab_size, max_model_len)
     return runner, num_blocks, max_model_len
 
 
+def make_scheduler(
+    runner: Runner, num_blocks: int, config: EngineConfig, *, allow_window: bool = True
+) -> Scheduler:
+    """A scheduler with its pool, and with a host pool if ``config.swap_memory`` asks for one.
+
+    allow_window: give up blocks that all layers of the model have out of sight. A model whose layers differ
+        keeps them all, as one of them sees all.
+    Raises `ConfigError` if the host pool cannot hold a block.
+    """
+    windows = [layer.spec.window for layer in runner.layers]
+    size = block_bytes(runner.layers)
+    num_slots = config.swap_memory // size
+    costs, host = Costs(), None
+    if config.swap_memory:
+        if not config.prefix_cache:
+            raise ConfigError("swap_memory needs the prefix cache", fix="set prefix_cache, or swap_memory 0")
+        if not num_slots:
+            raise ConfigError(
+                f"swap_memory is {config.swap_memory} bytes, less than a KV block",
+                fix=f"use a multiple of {size}, or 0",
+            )
+        runner.host = HostBlocks(runner.layers, num_slots)
+        costs.bytes_per_second = runner.host.measure()
+        host = HostPool(num_slots)
+    pool = BlockPool(
+        num_blocks,
+        config.block_size,
+        prefix_cache=config.prefix_cache,
+        window=max(windows) if allow_window and all(windows) else 0,
+        host=host,
+    )
+    return Scheduler(
+        pool,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        costs=costs,
+        block_bytes=size,
+    )
+
+
 def size_pool(
-    model: PreTrainedModel, text_config: Any, specs: Sequence[LayerSpec], config: EngineConfig
+    model: PreTrainedModel, text_config: Any, token_bytes: int, config: EngineConfig
 ) -> tuple[int, int]:
-    """Blocks of the pool and the longest sequence, from the model's limit and the free memory."""
+    """Blocks of the pool and the longest sequence, from the model's limit and the free memory.
+
+    token_bytes: keys and values of one token in all layers.
+    """
     limit = support.context_limit(text_config)
     wanted = config.max_model_len or limit or 4096
     hard = getattr(text_config, "max_position_embeddings", None) or limit
@@ -54,7 +117,7 @@ def size_pool(
             f"max_model_len is {wanted}, but the model was made for {hard} positions",
             fix=f"use max_model_len <= {hard}",
         )
-    block_bytes = sum(spec.bytes_per_token(model.dtype) for spec in specs) * config.block_size
+    block_bytes = token_bytes * config.block_size
     blocks_per_sequence = -(-wanted // config.block_size)
     budget = config.kv_cache_memory
     if budget is None:
@@ -74,25 +137,16 @@ def size_pool(
 
 
 def _make_runner(model: PreTrainedModel, specs: Specs, num_blocks: int, config: EngineConfig) -> Runner:
-    numba = config.attention != "torch" and model.device.type == "cpu"
-    if numba:
-        try:
-            from hearth.engine.attention import numba_path
-        except ImportError:
-            if config.attention == "numba":
-                raise ConfigError(
-                    "attention is 'numba', but numba is not installed", fix="pip install numba"
-                ) from None
-            numba = False
-        else:
-            numba = numba_path.supports(model.dtype)
-    if config.attention == "numba" and not numba:
-        raise ConfigError(
-            f"attention is 'numba', which does not run {model.dtype} on {model.device}",
-            fix="use attention auto or torch",
-        )
     try:
-        return Runner(model, specs, num_blocks=num_blocks, block_size=config.block_size, numba=numba)
+        return Runner(
+            model,
+            specs,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            attention=config.attention,
+            native=config.native,
+            kv_dtype=config.kv_dtype,
+        )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise EngineError(
             f"not enough memory for the KV cache: {error}", fix="set kv_cache_memory"
