@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hearth.engine.outputs import Completion, RequestOutput
+from hearth.engine.outputs import Completion, Embedding, RequestOutput
 from hearth.engine.params import SamplingParams
-from hearth.errors import RequestError
+from hearth.errors import EngineError, RequestError
 
 Prompt = str | Sequence[int]
 
@@ -35,12 +35,27 @@ def start_completion(prompt: Prompt, ids: list[int], index: int, params: Samplin
     )
 
 
+def embedding_of(output: RequestOutput) -> Embedding:
+    """The result of an embedding request; raises `EngineError` if it failed or was aborted."""
+    if output.embedding is None:
+        raise EngineError(f"the embedding failed: {output.error or 'it was aborted'}")
+    return Embedding(
+        embedding=output.embedding,
+        num_prompt_tokens=output.num_prompt_tokens,
+        num_cached_tokens=output.num_cached_tokens,
+    )
+
+
 def extend_completion(completion: Completion, output: RequestOutput) -> None:
     """Add what one step gained."""
     completion.text += output.text
     completion.token_ids.extend(output.token_ids)
     if completion.logprobs is not None and output.logprobs:
         completion.logprobs.extend(output.logprobs)
+    if output.prompt_logprobs is not None:
+        completion.prompt_logprobs = output.prompt_logprobs
+    completion.cumulative_logprob = output.cumulative_logprob
+    completion.num_discarded_tokens += output.num_discarded_tokens
     completion.num_cached_tokens = output.num_cached_tokens
     completion.error = output.error
     completion.finish_reason = output.finish_reason or ""

@@ -7,7 +7,8 @@ more than a form:
   and what is complete and cannot go on ends, whatever ``min_tokens`` and ``ignore_eos`` say. Bias and
   penalties move the odds among the allowed tokens and nothing else.
 - Between the tokens of JSON there may be at most one line break and 24 blanks: models are free to indent, and
-  cannot run on in empty space. A schema may set ``x-guidance: {"whitespace_flexible": false}``.
+  cannot run on in empty space. A schema with llguidance's own ``x-guidance``, such as
+  ``{"whitespace_flexible": false}``, has its rules instead.
 
 A grammar is compiled once and copied for each sequence; copies share nothing that changes.
 """
@@ -64,10 +65,10 @@ class Grammar:
         """
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed_V = np.unpackbits(packed, count=self._vocab_size, bitorder="little").view(bool)
-        if self._matcher.is_error():
-            self.error = f"the grammar became too complex: {_first_line(self._matcher.get_error())}"
-        elif not allowed_V.any():
+        if self._matcher.stop_reason().startswith("NoExtension") or not allowed_V.any():
             self.error = "the grammar allows only text that the tokenizer has no tokens for"
+        elif self._matcher.is_error():
+            self.error = f"the grammar became too complex: {_first_line(self._matcher.get_error())}"
         return np.ones(self._vocab_size, bool) if self.error else allowed_V
 
     def advance(self, token_id: int) -> bool:
@@ -177,7 +178,11 @@ def _key(guided: Guided) -> tuple[str, str]:
 def _grammar_text(kind: str, text: str) -> str:
     """What llguidance compiles. Raises `ValueError` for what is wrong at first sight."""
     if kind == "json":
-        return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITESPACE})
+        schema = json.loads(text)
+        own_rules = isinstance(schema, dict) and "x-guidance" in schema
+        return LLMatcher.grammar_from_json_schema(
+            text, defaults=None if own_rules else {"whitespace_pattern": WHITESPACE}
+        )
     if kind == "regex":
         return LLMatcher.grammar_from_regex(text)
     if kind == "choice":

@@ -17,16 +17,19 @@ import torch
 from transformers import PreTrainedModel
 
 from hearth.engine.assembly import assemble
-from hearth.engine.batch import Prompt, extend_completion, params_for, start_completion
+from hearth.engine.batch import Prompt, embedding_of, extend_completion, params_for, start_completion
+from hearth.engine.best_of import BestOf
 from hearth.engine.choose import Chosen, choose
 from hearth.engine.config import EngineConfig
 from hearth.engine.detokenize import Decode, Detokenizer, StopChecker, decoder_of
+from hearth.engine.embedding import EmbeddingSequence, pooling_of
 from hearth.engine.grammar import GrammarCompiler
 from hearth.engine.loading import LoadedModel, eos_token_ids, load
-from hearth.engine.outputs import Completion, EngineStats, RequestOutput
+from hearth.engine.outputs import Completion, Embedding, EngineStats, RequestOutput
 from hearth.engine.params import SamplingParams, check_prompt
 from hearth.engine.plan import Plan
 from hearth.engine.pool import BlockPool
+from hearth.engine.prompt_logprobs import max_positions, score_prompts
 from hearth.engine.request import Request
 from hearth.engine.sampler import SamplingState
 from hearth.engine.scheduler import Scheduler
@@ -63,7 +66,9 @@ class Engine:
         self.scheduler = Scheduler(
             self.pool, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
         )
-        self._sequences: dict[tuple[str, int], Sequence] = {}
+        self.scheduler.max_num_scores = max_positions(self.vocab_size)
+        self._sequences: dict[tuple[str, int], Sequence | EmbeddingSequence] = {}
+        self._selections: dict[str, BestOf] = {}
         self._seeds = np.random.Generator(np.random.Philox(config.seed))
         self._request_ids = (f"request-{i}" for i in itertools.count())
         self._finished: Counter[str] = Counter()
@@ -101,8 +106,7 @@ class Engine:
     def add_request(self, request_id: str, prompt_token_ids: SequenceOf[int], params: SamplingParams) -> None:
         """Queue a request; raises `RequestError` and changes nothing if it is invalid or can never fit."""
         prompt = list(prompt_token_ids)
-        if any(key[0] == request_id for key in self._sequences):
-            raise RequestError(f"request id {request_id!r} is in use", param="request_id")
+        self._check_id(request_id)
         check_prompt(prompt, self.max_model_len, self.vocab_size)
         self._check_params(params)
         self.prepare(params)
@@ -112,9 +116,14 @@ class Engine:
         decode = self._decode
         if decode is not None and not params.skip_special_tokens:
             decode = decoder_of(self.tokenizer, skip_special_tokens=False)
-        for index in range(params.n):
-            grammar = params.guided and self.grammars.start(params.guided, params.stop_token_ids)
+        if params.selects:
+            self._selections[request_id] = BestOf(params)
+        for index in range(params.num_sequences):
+            grammar = None
+            if params.guided is not None:
+                grammar = self.grammars.start(params.guided, params.stop_token_ids)
             request = Request(request_id, index, prompt, params, max_new_tokens)
+            request.skip_prefix = request.wants_scores
             self._sequences[request.key] = Sequence(
                 request,
                 SamplingState(params, prompt, index, self.eos_ids, fallback_seed, grammar),
@@ -124,6 +133,29 @@ class Engine:
             )
             self.scheduler.add(request)
         self._num_prompt_tokens += len(prompt)
+
+    def add_embedding(
+        self,
+        request_id: str,
+        prompt_token_ids: SequenceOf[int],
+        pooling: str | None = None,
+        *,
+        normalize: bool = True,
+    ) -> None:
+        """Queue a prompt to be embedded; its one output has ``embedding``. Raises `RequestError`."""
+        prompt = list(prompt_token_ids)
+        self._check_id(request_id)
+        check_prompt(prompt, self.max_model_len, self.vocab_size, num_answer=0)
+        pooling = pooling_of(self.path, pooling)
+        request = Request(request_id, 0, prompt, SamplingParams(), 0, pooling=pooling)
+        request.skip_prefix = pooling != "last"
+        self._sequences[request.key] = EmbeddingSequence(request, normalize=normalize)
+        self.scheduler.add(request)
+        self._num_prompt_tokens += len(prompt)
+
+    def _check_id(self, request_id: str) -> None:
+        if any(key[0] == request_id for key in self._sequences):
+            raise RequestError(f"request id {request_id!r} is in use", param="request_id")
 
     def _check_params(self, params: SamplingParams) -> None:
         if params.stop and self._decode is None:
@@ -147,7 +179,7 @@ class Engine:
     def abort(self, request_id: str) -> list[RequestOutput]:
         """End a request and free its blocks; unknown ids are ignored. Returns the final outputs."""
         keys = [key for key in self._sequences if key[0] == request_id]
-        return [self._end(self._sequences[key], "abort") for key in keys]
+        return self._select([self._end(self._sequences[key], "abort") for key in keys])
 
     @property
     def has_work(self) -> bool:
@@ -165,13 +197,45 @@ class Engine:
         self._num_steps += 1
         try:
             logits_RV = self.runner.execute(plan)
-            chosen = choose(plan, logits_RV, lambda request: self._sequences[request.key])
+            score_prompts(plan, logits_RV, lambda r, got: self._sequence(r).prompt_logprobs.extend(got))
+            chosen = choose(plan, logits_RV, self._sequence)
+            embedded = self._pool(plan)
         except Exception as error:  # noqa: BLE001 - whatever broke, the other requests must live
-            return self._fail(plan, error)
+            return self._select(self._fail(plan, error))
         except BaseException:  # Ctrl-C
             self._drop(plan, "abort")
             raise
-        return [self._settle(each) for each in chosen]
+        return self._select([self._settle(each) for each in chosen] + embedded)
+
+    def _sequence(self, request: Request) -> Sequence:
+        sequence = self._sequences[request.key]
+        assert isinstance(sequence, Sequence)
+        return sequence
+
+    def _pool(self, plan: Plan) -> list[RequestOutput]:
+        """Hand the hidden states of a step to the prompts that are embedded; the outputs of those done."""
+        outputs, first = [], 0
+        for row in plan.rows:
+            sequence = self._sequences.get(row.request.key)
+            if isinstance(sequence, EmbeddingSequence):
+                assert self.runner.hidden_TD is not None
+                sequence.take(row.start, self.runner.hidden_TD[first : first + row.num_tokens])
+                if sequence.is_complete:
+                    outputs.append(self._end(sequence, "stop"))
+            first += row.num_tokens
+        return outputs
+
+    def _select(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
+        """Hold back the outputs of requests with best_of until the best ones are known."""
+        if not self._selections:
+            return outputs
+        result = []
+        for output in outputs:
+            selection = self._selections.get(output.request_id)
+            result += [output] if selection is None else selection.take(output)
+            if selection is not None and selection.is_done:
+                del self._selections[output.request_id]
+        return result
 
     def _settle(self, chosen: Chosen) -> RequestOutput:
         """Tell the scheduler what became of a row, and the caller what the sequence gained."""
@@ -184,7 +248,7 @@ class Engine:
         self._num_generated += len(output.token_ids)
         return output
 
-    def _end(self, sequence: Sequence, reason: str) -> RequestOutput:
+    def _end(self, sequence: Sequence | EmbeddingSequence, reason: str) -> RequestOutput:
         request = sequence.request
         if request.finish_reason is None:
             self.scheduler.finish(request, reason)
@@ -251,6 +315,12 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, step by step; closing the iterator aborts the request."""
         params = params or SamplingParams()
+        if params.selects:
+            raise RequestError(
+                f"best_of is {params.best_of} with n {params.n}: what is best is known only at the end",
+                fix="use generate, or best_of = n",
+                param="best_of",
+            )
         name = next(self._request_ids)
         self.add_request(name, self.encode(prompt), params)
         unfinished = params.n
@@ -265,6 +335,30 @@ class Engine:
                     yield output
         finally:
             self.abort(name)
+
+    def embed(
+        self, prompts: str | SequenceOf[Prompt], pooling: str | None = None, *, normalize: bool = True
+    ) -> list[Embedding]:
+        """The pooled last hidden state of every prompt, in the order of the prompts.
+
+        pooling: "mean", "last" or "cls" (the first token); None is what the model directory says, or "last".
+        Raises `RequestError` before anything is computed, and `EngineError` if a step failed.
+        """
+        batch: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = [self.encode(prompt) for prompt in batch]
+        done: dict[str, RequestOutput | None] = {}
+        try:
+            for prompt_ids in ids:
+                name = next(self._request_ids)
+                self.add_embedding(name, prompt_ids, pooling, normalize=normalize)
+                done[name] = None
+            while None in done.values():
+                done.update({o.request_id: o for o in self.step() if o.request_id in done})
+        except BaseException:
+            for name in done:
+                self.abort(name)
+            raise
+        return [embedding_of(output) for output in done.values() if output is not None]
 
     def stats(self) -> EngineStats:
         """What the engine is doing and has done."""

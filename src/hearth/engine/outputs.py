@@ -21,6 +21,11 @@ class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     text: the new text; it never ends inside a character or inside the beginning of a stop text.
     token_ids: the new tokens; a token that ended the sequence is among them, its text is not in ``text``.
     finish_reason: "stop", "length", "abort" or "error" once ``finished``.
+    prompt_logprobs: on the first output of sequence 0, if asked for: one entry a token of the prompt, None
+        for the first, which nothing precedes.
+    cumulative_logprob: the sum over all tokens, once ``finished``, if logprobs or best_of are asked for.
+    num_discarded_tokens: tokens of the sequences that best_of left out; on the best one's output.
+    embedding: of an embedding request, once ``finished``.
     """
 
     request_id: str
@@ -33,6 +38,10 @@ class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     error: str | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    cumulative_logprob: float | None = None
+    num_discarded_tokens: int = 0
+    embedding: list[float] | None = None
 
 
 class Completion(msgspec.Struct, kw_only=True):
@@ -47,6 +56,17 @@ class Completion(msgspec.Struct, kw_only=True):
     index: int = 0
     num_cached_tokens: int = 0
     error: str | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    cumulative_logprob: float | None = None
+    num_discarded_tokens: int = 0
+
+
+class Embedding(msgspec.Struct, kw_only=True):
+    """The pooled hidden states of one prompt."""
+
+    embedding: list[float]
+    num_prompt_tokens: int
+    num_cached_tokens: int = 0
 
 
 class EngineStats(msgspec.Struct, kw_only=True):

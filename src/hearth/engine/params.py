@@ -11,6 +11,7 @@ from hearth.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
+POOLINGS = ("mean", "last", "cls")
 _TOO_LARGE = 2**63  # for tensors and for the wire
 
 
@@ -188,14 +189,18 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
-def check_prompt(prompt: Sequence[int], max_model_len: int, vocab_size: int) -> None:
-    """Raise `RequestError` if this prompt cannot be completed by at least one token."""
+def check_prompt(
+    prompt: Sequence[int], max_model_len: int, vocab_size: int, *, num_answer: int = 1
+) -> None:
+    """Raise `RequestError` if this prompt cannot be completed by ``num_answer`` tokens."""
     if not prompt:
         raise RequestError("the prompt is empty", fix="give at least one token", param="prompt")
-    if len(prompt) >= max_model_len:
+    limit = max_model_len - num_answer
+    if len(prompt) > limit:
+        answer = " must hold the answer too" if num_answer else " holds no more"
         raise RequestError(
-            f"the prompt has {len(prompt)} tokens; the context of {max_model_len} must hold the answer too",
-            fix=f"shorten it to at most {max_model_len - 1} tokens, or load with a larger max_model_len",
+            f"the prompt has {len(prompt)} tokens; the context of {max_model_len}{answer}",
+            fix=f"shorten it to at most {limit} tokens, or load with a larger max_model_len",
             param="prompt",
         )
     for token_id in prompt:

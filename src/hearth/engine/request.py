@@ -36,6 +36,8 @@ class Request:
     adapter_hash: bytes = b""
     extra: bytes = b""
     skip_prefix: bool = False
+    pooling: str | None = None  # of an embedding request, which samples nothing
+    num_scored: int = 0  # prompt positions whose log-probabilities are known, where they are wanted
     arrival: int = 0
     is_promoted: bool = False  # others went first too often: from now on nobody does
     tokens: list[int] = field(default_factory=list)
@@ -82,6 +84,13 @@ class Request:
     @property
     def output_token_ids(self) -> list[int]:
         return self.tokens[len(self.prompt_token_ids) :]
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether log-probabilities of the prompt are wanted and not all known; sequence 0 has them."""
+        if self.params.prompt_logprobs is None or self.index > 0:
+            return False
+        return self.num_scored < self.num_prompt_tokens - 1
 
     @property
     def num_uncomputed(self) -> int:

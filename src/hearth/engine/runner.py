@@ -6,6 +6,8 @@ Legend: T tokens of the step, R positions that want logits, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +57,7 @@ class Runner:
             setattr(module, layers.SLOT, kv)
             self.layers.append(kv)
         set_attention(model, layers.NAME)
+        self.hidden_TD: torch.Tensor | None = None
         self.stack: DecoderStack | None = None  # runs the layers in the compiled kernels, where it can
         self.hidden_TD: torch.Tensor | None = None
         self.host: HostBlocks | None = None  # where plans may copy blocks to and from
@@ -78,9 +81,28 @@ class Runner:
         if self._slices_logits:
             arguments["logits_to_keep"] = wanted
         with self._hidden_kept(plan):
+            with self._hidden_kept(plan):
             output = self.model(input_ids=input_ids, position_ids=positions, use_cache=False, **arguments)
         logits: torch.Tensor = output.logits[0] if self._slices_logits else output.logits[0, wanted]
         return logits.float()
+
+    @contextmanager
+    def _hidden_kept(self, plan: Plan) -> Iterator[None]:
+        """Leaves in ``hidden_TD`` what the step's logits come from, if a row of the plan is to be pooled."""
+        self.hidden_TD = None
+        if all(row.request.pooling is None for row in plan.rows):
+            yield
+            return
+
+        def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            self.hidden_TD = output.last_hidden_state[0]
+
+        body = self.model.get_decoder() or self.model.base_model
+        hook = body.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @contextmanager
     def _hidden_kept(self, plan: Plan) -> Iterator[None]:

@@ -200,20 +200,20 @@ def _draw(logits_RV: torch.Tensor, top_R: torch.Tensor, states: Sequence[Samplin
     smallest = torch.finfo(torch.float32).tiny
     temperature_R = torch.tensor([max(p.temperature, smallest) for p in params], device=device)
     token_ids = torch.empty(len(states), dtype=torch.long, device=device)
-    plain = [i for i, p in enumerate(params) if p.top_k == 0 and p.top_p >= 1.0 and p.min_p == 0.0]
-    filtered = [i for i in range(len(params)) if i not in set(plain)]
-    for rows, draw in ((plain, _draw_plain), (filtered, _draw_filtered)):
-        if rows:
-            part = slice(None) if len(rows) == len(params) else rows
-            scaled_RV = logits_RV[part] - top_R[part, None]
-            scaled_RV /= temperature_R[part, None]
-            token_ids[part] = draw(scaled_RV, [params[i] for i in rows], uniform_R[part])
+    filters = [p.top_k != 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params]
+    for filtered in set(filters):
+        rows = [i for i, each in enumerate(filters) if each is filtered]
+        part = slice(None) if len(rows) == len(params) else rows
+        scaled_RV = logits_RV[part] - top_R[part, None]
+        scaled_RV /= temperature_R[part, None]
+        if filtered:
+            token_ids[part] = _draw_filtered(scaled_RV, [params[i] for i in rows], uniform_R[part])
+        else:
+            token_ids[part] = _draw_plain(scaled_RV, uniform_R[part])
     return token_ids
 
 
-def _draw_plain(
-    scaled_RV: torch.Tensor, params: Sequence[SamplingParams], uniform_R: torch.Tensor
-) -> torch.Tensor:
+def _draw_plain(scaled_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
     """Draw from the whole softmax, without its cumulative sum: first a block of tokens, then one of them.
 
     Returns token ids [R] and overwrites ``scaled_RV``, whose largest value is 0 in each row.

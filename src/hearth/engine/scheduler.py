@@ -51,6 +51,7 @@ class Scheduler:
         self.waiting = WaitingLine()
         self.running: list[Request] = []  # in order of rank
         self.num_preemptions = 0
+        self.max_num_scores = max_num_batched_tokens  # of them, those that want logits of the prompt
         self._arrivals = 0
 
     @property
@@ -93,8 +94,9 @@ class Scheduler:
         for request in prompts:
             if request.state is RequestState.RUNNING:
                 self._admit(step, before=request)
-                if step.budget:
-                    step.extend(request, min(request.num_uncomputed, step.budget))
+                num_tokens = min(request.num_uncomputed, step.room(request))
+                if num_tokens:
+                    step.extend(request, num_tokens)
         self._admit(step)
         assert step.rows or not self.has_work, "there is work, but nothing was planned"
         pool = self.pool
@@ -138,7 +140,10 @@ class Scheduler:
                 return
             found = self.pool.find(request)
             start = len(found) * self.pool.block_size
-            num_tokens = min(len(request.tokens) - start, step.budget)
+            num_tokens = min(len(request.tokens) - start, step.room(request))
+            if not num_tokens:
+                step.block(request)
+                return
             # Room for one more block per running sequence: admitting must not preempt in the next steps.
             keep = 0 if request is step.reserved_for else len(self.running)
             if self.pool.num_missing(found, start + num_tokens) + keep > self.pool.num_available:
@@ -249,12 +254,17 @@ class _Step:
         self.pool = scheduler.pool
         self.budget = scheduler.max_num_batched_tokens
         self.draft_budget = 0
+        self.score_budget = scheduler.max_num_scores
         self.rows: list[PlanRow] = []
         self.planned: set[Request] = set()
         self.preempted: list[Request] = []
         self.reserved_for: Request | None = None  # a waiting sequence for which others were displaced
         self.num_reserved = 0
         self._blocked: tuple[bool, int, int] | None = None  # nobody of this rank or a worse one is admitted
+
+    def room(self, request: Request) -> int:
+        """Tokens of this sequence that the step can take."""
+        return min(self.budget, self.score_budget) if request.wants_scores else self.budget
 
     def reserve(self, request: Request | None, num_blocks: int) -> None:
         self.reserved_for, self.num_reserved = request, num_blocks
@@ -278,7 +288,11 @@ class _Step:
         end = request.num_computed = start + num_tokens
         length = len(request.tokens)
         num_drafts = max(0, end - length)
-        samples = end >= length
+        samples = end >= length and request.pooling is None
+        num_logits = 1 + num_drafts if samples else 0
+        if request.wants_scores:
+            num_logits = max(num_logits, end - max(start, request.num_scored))
+            self.score_budget -= num_tokens
         token_ids = tuple(request.tokens[start:end])
         if num_drafts:
             token_ids += tuple(request.draft_ids[:num_drafts])
@@ -291,7 +305,7 @@ class _Step:
                 num_tokens,
                 token_ids,
                 request.block_table,
-                1 + num_drafts if samples else 0,
+                num_logits,
                 samples,
                 num_drafts,
             )

@@ -21,9 +21,14 @@ class Sequence:
     eos_ids: tuple[int, ...]
     reason: str | None = None  # why it ended
     sum_logprob: float = 0.0  # of the tokens so far, where they are known
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     _text: str = ""
     _token_ids: list[int] = field(default_factory=list)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.request.params.prompt_logprobs is not None and self.request.index == 0:
+            self.prompt_logprobs.append(None)
 
     def append(self, token_id: int, logprob: TokenLogprob | None) -> str | None:
         """Take a new token; returns the reason if the sequence ends with it."""
@@ -34,7 +39,8 @@ class Sequence:
         self._token_ids.append(token_id)
         if logprob is not None:
             self.sum_logprob += logprob.logprob
-            self._logprobs.append(logprob)
+            if params.logprobs is not None:
+                self._logprobs.append(logprob)
         if self._is_end(token_id):
             self.reason = "stop"
         elif self.detokenizer is not None:
@@ -71,16 +77,20 @@ class Sequence:
     def flush_output(self) -> RequestOutput:
         """What was gained since the last call."""
         request = self.request
+        ended = self.reason is not None
         output = RequestOutput(
             request_id=request.request_id,
             index=request.index,
             text=self._text,
             token_ids=self._token_ids,
             logprobs=None if request.params.logprobs is None else self._logprobs,
-            finished=self.reason is not None,
+            finished=ended,
             finish_reason=self.reason,
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=request.num_cached,
+            cumulative_logprob=self.sum_logprob if ended and self.sampling.wants_logprobs else None,
         )
+        if self.prompt_logprobs and not request.wants_scores:
+            output.prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, []
         self._text, self._token_ids, self._logprobs = "", [], []
         return output
