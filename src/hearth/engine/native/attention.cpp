@@ -226,8 +226,11 @@ void Worker::load_rows(const Cut& cut, const Unit& unit) {
 }
 
 // int8 to bfloat16, which holds every such number exactly; the scales are applied to scores and probabilities.
-void widen_int8(const int8_t* x, bf16* out, int64_t n) {
+// `next` is what will be widened after it.
+void widen_int8(const int8_t* x, const int8_t* next, bf16* out, int64_t n) {
+  const int64_t ahead = next - x;
   for (int64_t i = 0; i < n; i += 32) {
+    _mm_prefetch((const char*)(x + i + ahead), _MM_HINT_T0);
     const __m256i bytes = _mm256_loadu_si256((const __m256i*)(x + i));
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
@@ -240,6 +243,8 @@ void Worker::load_run(const Cut& cut, const Unit& unit, int block, Run* run) {
   run->num_blocks = (int)min64(tile.columns / S, unit.end_block - block);
   run->valid = (int)min64((int64_t)run->num_blocks * S, cut.length - (int64_t)block * S);
   const int32_t* table = args.tables + cut.sequence * args.table_width + block;
+  const int64_t following = block + run->num_blocks < unit.end_block ? table[run->num_blocks] : table[0];
+  run->next = key_scales ? wide_keys : (const bf16*)args.keys + (following * args.num_kv_heads + unit.head) * S * tile.D;
   for (int b = 0; b < run->num_blocks; b++) {
     const int64_t at = ((int64_t)table[b] * args.num_kv_heads + unit.head) * S;
     if (!key_scales) {
@@ -253,8 +258,12 @@ void Worker::load_run(const Cut& cut, const Unit& unit, int block, Run* run) {
     std::memcpy(value_scales + b * S, args.value_scales + at, tokens * sizeof(float));
     run->keys[b] = wide_keys + (int64_t)b * S * tile.D;
     run->values[b] = wide_values + (int64_t)b * S * tile.E;
-    widen_int8((const int8_t*)args.keys + at * tile.D, wide_keys + (int64_t)b * S * tile.D, (int64_t)S * tile.D);
-    widen_int8((const int8_t*)args.values + at * tile.E, wide_values + (int64_t)b * S * tile.E,
+    const int64_t next = (b + 1 < run->num_blocks ? table[b + 1] : following) * (int64_t)args.num_kv_heads + unit.head;
+    const auto* keys = (const int8_t*)args.keys;
+    const auto* values = (const int8_t*)args.values;
+    widen_int8(keys + at * tile.D, keys + next * S * tile.D, wide_keys + (int64_t)b * S * tile.D,
+               (int64_t)S * tile.D);
+    widen_int8(values + at * tile.E, values + next * S * tile.E, wide_values + (int64_t)b * S * tile.E,
                round_up(tokens, 2) * tile.E);
   }
 }

@@ -80,6 +80,7 @@ struct Tile {
 struct Run {
   const bf16* keys[64];
   const bf16* values[64];
+  const bf16* next;
   int num_blocks, valid;
 };
 

@@ -16,18 +16,21 @@ inline __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(su
 
 // R rows against V * 16 tokens of one block. Two sums each, because one would wait for itself.
 template <int R, int V>
-void score_block(const Tile& tile, const bf16* keys, int row, int token, float* out) {
+void score_block(const Tile& tile, const bf16* keys, const bf16* next, int row, int token, float* out) {
   constexpr int SUMS = R * V <= 6 ? 2 : 1;
   __m512 sum[SUMS][R][V] = {};
   const bf16* q = tile.q + row * tile.D;
   const bf16* k = keys + token * 2;
-  const int64_t stride = 2 * tile.S;
+  const int64_t stride = 2 * tile.S, ahead = next - keys;
   for (int d = 0; d < tile.D; d += 2 * SUMS) {
 #pragma GCC unroll 2
     for (int u = 0; u < SUMS; u++) {
       __m512i key[V];
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) key[v] = _mm512_loadu_si512(k + v * 32);
+      for (int v = 0; v < V; v++) {
+        key[v] = _mm512_loadu_si512(k + v * 32);
+        _mm_prefetch((const char*)(k + ahead + v * 32), _MM_HINT_T0);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const __m512i both = pair(q + r * tile.D + d + 2 * u);
@@ -46,12 +49,12 @@ void score_block(const Tile& tile, const bf16* keys, int row, int token, float* 
 }
 
 template <int V>
-void score_rows(const Tile& tile, const bf16* keys, int token, float* out) {
+void score_rows(const Tile& tile, const bf16* keys, const bf16* next, int token, float* out) {
   int r = 0;
-  for (; r + 8 <= tile.num_rows; r += 8) score_block<8, V>(tile, keys, r, token, out + r * tile.columns);
-  for (; r + 3 <= tile.num_rows; r += 3) score_block<3, V>(tile, keys, r, token, out + r * tile.columns);
-  for (; r + 2 <= tile.num_rows; r += 2) score_block<2, V>(tile, keys, r, token, out + r * tile.columns);
-  for (; r < tile.num_rows; r++) score_block<1, V>(tile, keys, r, token, out + r * tile.columns);
+  for (; r + 8 <= tile.num_rows; r += 8) score_block<8, V>(tile, keys, next, r, token, out + r * tile.columns);
+  for (; r + 3 <= tile.num_rows; r += 3) score_block<3, V>(tile, keys, next, r, token, out + r * tile.columns);
+  for (; r + 2 <= tile.num_rows; r += 2) score_block<2, V>(tile, keys, next, r, token, out + r * tile.columns);
+  for (; r < tile.num_rows; r++) score_block<1, V>(tile, keys, next, r, token, out + r * tile.columns);
 }
 
 // R rows x V * 16 dims, over `num_blocks` blocks from `block` on.
@@ -67,6 +70,7 @@ void value_block(const Tile& tile, const Run& run, int block, int num_blocks, in
     const int tokens = (int)min64(tile.S, run.valid - b * tile.S);
     const bf16* p = tile.probs + row * tile.columns + b * tile.S;
     const bf16* values = run.values[b] + dim * 2;
+    const int64_t ahead = (b + 1 < run.num_blocks ? run.values[b + 1] : run.next) - run.values[b];
     for (int t = 0; t < tokens; t += 2, values += 2 * tile.E) {
       // The partner of an odd last token was never written: it may be no number, which zero does not cancel.
       const __mmask32 keep = t + 1 < tokens ? 0xFFFFFFFF : 0x55555555;
@@ -75,6 +79,7 @@ void value_block(const Tile& tile, const Run& run, int block, int num_blocks, in
       for (int r = 0; r < R; r++) both[r] = pair(p + r * tile.columns + t);
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) {
+        _mm_prefetch((const char*)(values + ahead + v * 32), _MM_HINT_T0);
         const __m512i value = _mm512_maskz_loadu_epi16(keep, values + v * 32);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) sum[r][v] = dot(sum[r][v], value, both[r]);
@@ -107,9 +112,10 @@ void scores_avx512(const Tile& tile, const Run& run) {
   for (int b = 0; b < run.num_blocks; b++) {
     const int tokens = (int)min64(tile.S, run.valid - b * tile.S);
     float* out = tile.scores + b * tile.S;
+    const bf16* next = b + 1 < run.num_blocks ? run.keys[b + 1] : run.values[0];
     int t = 0;
-    for (; t + 16 < tokens; t += 32) score_rows<2>(tile, run.keys[b], t, out + t);
-    if (t < tokens) score_rows<1>(tile, run.keys[b], t, out + t);
+    for (; t + 16 < tokens; t += 32) score_rows<2>(tile, run.keys[b], next, t, out + t);
+    if (t < tokens) score_rows<1>(tile, run.keys[b], next, t, out + t);
   }
 }
 
