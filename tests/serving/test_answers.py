@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -158,6 +158,7 @@ def test_plain_answers() -> None:
     assert events[-1]["usage"]["total_tokens"] == 12
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.text(max_size=4)), max_size=20))
 def test_streamed_pieces_join_to_the_whole(pieces: list[tuple[int, str]]) -> None:
     deltas = [Delta(choice, text, 1) for choice, text in pieces]

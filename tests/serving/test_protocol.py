@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hearth.serving.http import HttpError
@@ -262,6 +262,7 @@ JSON = st.recursive(
 FIELDS = sorted({*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__})
 
 
+@settings(deadline=None)
 @given(
     kind=st.sampled_from([ChatRequest, CompletionRequest, PlainChatRequest]),
     body=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=4), JSON, max_size=4),

@@ -71,6 +71,9 @@ class Generation:
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
                 choices[delta.choice].add(delta)
+        n = self._job.params.n
+        for index, choice in enumerate(choices):  # the engine tells them once for each prompt
+            choice.prompt_logprobs = choices[index - index % n].prompt_logprobs
         await send_bytes(send, 200, msgspec.json.encode(self._job.dialect.whole(choices, self.usage())))
 
     async def _respond_stream(self, send: Send) -> None:
@@ -174,7 +177,7 @@ class Generation:
     def _delta(self, choice: int, output: RequestOutput) -> Delta:
         render = self._tokens.render
         logprobs = tuple(map(render, output.logprobs or ()))
-        of_prompt = tuple(entry and render(entry) for entry in getattr(output, "prompt_logprobs", None) or ())
+        of_prompt = tuple(entry and render(entry) for entry in output.prompt_logprobs or ())
         return Delta(choice, output.text, len(output.token_ids), logprobs, output.finish_reason, of_prompt)
 
     def _observe_end(self, reason: str, num_generated: int) -> None:

@@ -104,6 +104,8 @@ class JobMaker:
         )  # fmt: skip
         if request.stream and params.num_sequences > params.n:
             raise invalid("best_of above n cannot be streamed: the best is known at the end", "best_of")
+        if request.stream and params.n > 1 and params.prompt_logprobs is not None:
+            raise invalid("log-probabilities of the prompt are streamed for one choice only", "n")
         echo = None
         if request.echo:
             echo = [self._prompts.text_of(prompt) for prompt in texts for _ in range(params.n)]
@@ -171,11 +173,10 @@ class JobMaker:
             return AnswerForm(
                 lambda: Parser.of(listed, tools=schemas), max_calls=use.max_calls, short_ids=short_ids
             )
-        if guided is not None:  # from the first token on: there is no room for reasoning
-            return None
         if use is None and style.reasoning is None:
             return None
-        opened = style.opened_by(self._prompts.tail_of(prompt))
+        # A grammar holds from the first token on: what it forces is no reasoning that the prompt has begun.
+        opened = guided is None and style.opened_by(self._prompts.tail_of(prompt))
         return AnswerForm(
             lambda: Parser.of(style, tools=schemas, opened=opened, calls=use is not None),
             max_calls=use.max_calls if use else None,
