@@ -43,8 +43,8 @@ def assemble(
     """
     text_config = model.config.get_text_config(decoder=True)
     specs = support.examine(model)
-    if config.prepack and can_pack(model.dtype, model.device):
-        pack_linears(model)
+    if config.weights != "auto" or (config.prepack and can_pack(model.dtype, model.device)):
+        pack_linears(model, weights=config.weights, use_native=config.native)
     if num_blocks is None:
         token_bytes = sum(spec.bytes_per_token(model.dtype, config.kv_dtype) for _, spec in specs)
         num_blocks, max_model_len = size_pool(model, text_config, token_bytes + shared_token_bytes, config)
