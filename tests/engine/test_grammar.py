@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
 
-from hearth.engine import Engine, SamplingParams
+from hearth.engine import AsyncEngine, Engine, SamplingParams
 from hearth.engine.grammar import GrammarCompiler
 from hearth.engine.outputs import Completion
 from hearth.engine.params import Guided
@@ -271,3 +273,28 @@ def test_whitespace_in_json_is_bounded(tokenizer: Any) -> None:
     grammar = GrammarCompiler(tokenizer, 320, (2,)).start(strict, ())
     assert grammar.accepts("[1,2]")
     assert not grammar.accepts("[1, 2]")
+
+
+async def test_compiling_holds_up_nobody(model_dir: Path) -> None:
+    """In the engine's process grammars compile beside the loop: refusals, aborts and results come as ever."""
+    engine = await AsyncEngine.start(model_dir, max_model_len=128, num_threads=1)
+
+    async def text(asked: SamplingParams, name: str | None = None) -> str:
+        return "".join([output.text async for output in engine.generate([5], asked, name)])
+
+    try:
+        slow = params(json={"type": "object", "properties": {f"p{i}": {"enum": [i]} for i in range(3000)}})
+        waiting = asyncio.create_task(text(slow, "slow"))
+        free = asyncio.create_task(text(SamplingParams(max_tokens=5, ignore_eos=True)))
+        good = asyncio.create_task(text(params(choice=("yes", "no"))))
+        await asyncio.sleep(0)
+        await engine.abort("slow")
+        assert await waiting == ""
+        assert await good in ("yes", "no")
+        await free
+        with pytest.raises(RequestError, match="unclosed group") as caught:
+            await text(params(regex="a("))
+        assert caught.value.param == "guided"
+        assert (await engine.stats()).num_used_blocks == 0
+    finally:
+        await engine.close()

@@ -17,14 +17,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hearth.engine import wire
+from hearth.engine.batch import embedding_of
 from hearth.engine.config import EngineConfig
-from hearth.engine.outputs import EngineStats, RequestOutput
+from hearth.engine.outputs import Embedding, EngineStats, RequestOutput
 from hearth.engine.params import SamplingParams, check_prompt
 from hearth.errors import EngineDeadError, EngineError, HearthError, RequestError
 from hearth.threads import limit_spinning
@@ -222,16 +223,48 @@ class AsyncEngine:
         engine is gone. An iterator that is not used to its end should be closed (`contextlib.aclosing`).
         """
         params = params or SamplingParams()
+        name = self._new_name(request_id)
+        prompt_ids = self.encode(prompt)
+        check_prompt(prompt_ids, self.max_model_len, int(self.model_info["vocab_size"]))
+        command = wire.AddRequest(name, prompt_ids, params)
+        async with contextlib.aclosing(self._outputs(command, params.n)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def embed(
+        self,
+        prompt: str | Sequence[int],
+        pooling: str | None = None,
+        *,
+        normalize: bool = True,
+        request_id: str | None = None,
+    ) -> Embedding:
+        """The pooled last hidden state of a prompt, see `Engine.embed`; cancelling aborts it.
+
+        Raises what `generate` raises, and `EngineError` if it was aborted.
+        """
+        name = self._new_name(request_id)
+        prompt_ids = self.encode(prompt)
+        check_prompt(prompt_ids, self.max_model_len, int(self.model_info["vocab_size"]), num_answer=0)
+        command = wire.AddEmbedding(name, prompt_ids, pooling, normalize)
+        async with contextlib.aclosing(self._outputs(command, 1)) as outputs:
+            return embedding_of(await anext(outputs))
+
+    def _new_name(self, request_id: str | None) -> str:
         name = request_id or f"request-{next(self._request_numbers)}"
         if name in self._queues:
             raise RequestError(f"request id {name!r} is in use", param="request_id")
-        prompt_ids = self.encode(prompt)
-        check_prompt(prompt_ids, self.max_model_len, int(self.model_info["vocab_size"]))
+        return name
+
+    async def _outputs(
+        self, command: wire.AddRequest | wire.AddEmbedding, unfinished: int
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """What a request gains until that many of its sequences are finished; aborts it if left early."""
+        name = command.request_id
         queue: asyncio.Queue[RequestOutput | HearthError] = asyncio.Queue()
         self._queues[name] = queue
-        unfinished = params.n
         try:
-            self._send(wire.AddRequest(name, prompt_ids, params))
+            self._send(command)
             while unfinished:
                 output = await queue.get()
                 if isinstance(output, HearthError):

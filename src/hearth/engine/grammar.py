@@ -65,10 +65,11 @@ class Grammar:
         """
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed_V = np.unpackbits(packed, count=self._vocab_size, bitorder="little").view(bool)
-        if self._matcher.stop_reason().startswith("NoExtension") or not allowed_V.any():
+        why = self._matcher.get_error()
+        if why.startswith("NoExtension") or not allowed_V.any():
             self.error = "the grammar allows only text that the tokenizer has no tokens for"
         elif self._matcher.is_error():
-            self.error = f"the grammar became too complex: {_first_line(self._matcher.get_error())}"
+            self.error = f"the grammar became too complex: {_first_line(why)}"
         return np.ones(self._vocab_size, bool) if self.error else allowed_V
 
     def advance(self, token_id: int) -> bool:

@@ -15,9 +15,12 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from hearth.engine import wire
 from hearth.engine.config import EngineConfig
+from hearth.engine.outputs import RequestOutput
 
 logger = logging.getLogger("hearth.engine.process")
 
@@ -30,7 +33,7 @@ class CommandReader(threading.Thread):
     def __init__(self, connection: socket.socket) -> None:
         super().__init__(name="hearth-engine-commands", daemon=True)
         self.connection = connection
-        self.commands: queue.SimpleQueue[wire.Command] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[wire.Command | Prepared] = queue.SimpleQueue()
 
     def run(self) -> None:
         while True:
@@ -57,13 +60,21 @@ class CommandReader(threading.Thread):
         return bytes(parts)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A request whose grammar was compiled beside the loop, or could not be."""
+
+    command: wire.AddRequest
+    outcome: Future[None]
+
+
 class EngineLoop:
     """Feeds an engine with commands and its outputs back; `run` returns after a shutdown."""
 
     def __init__(
         self,
         connection: socket.socket,
-        commands: queue.SimpleQueue[wire.Command],
+        commands: queue.SimpleQueue[wire.Command | Prepared],
         reference: str,
         config: EngineConfig,
     ) -> None:
@@ -73,6 +84,8 @@ class EngineLoop:
         self.commands = commands
         self.engine = Engine.load(reference, config)
         self.stopping = False
+        self.preparing: dict[str, wire.AddRequest] = {}
+        self.compiling = ThreadPoolExecutor(1, "hearth-engine-grammars")
         self.last_beat = 0.0
 
     def send(self, message: wire.Event) -> None:
@@ -80,7 +93,7 @@ class EngineLoop:
 
     def run(self) -> None:
         self.send(wire.Ready(self.engine.model_info, self.engine.stats()))
-        while not (self.stopping and not self.engine.has_work):
+        while self.engine.has_work or self.preparing or not self.stopping:
             self._take_commands(wait=not self.engine.has_work)
             outputs = self.engine.step()
             if outputs:
@@ -105,15 +118,46 @@ class EngineLoop:
             timeout = 0.0
             self._obey(command)
 
-    def _obey(self, command: wire.Command) -> None:
-        match command:
-            case wire.AddRequest(request_id, prompt_token_ids, params):
-                try:
+    def _prepare(self, command: wire.AddRequest) -> None:
+        """Compile the grammar of a request in another thread; it comes back as `Prepared`."""
+        self.preparing[command.request_id] = command
+        future = self.compiling.submit(self.engine.prepare, command.params)
+        future.add_done_callback(lambda outcome: self.commands.put(Prepared(command, outcome)))
+
+    def _add(self, command: wire.AddRequest | wire.AddEmbedding, outcome: Future[None] | None = None) -> None:
+        try:
+            if outcome is not None:
+                outcome.result()
+            match command:
+                case wire.AddRequest(request_id, prompt_token_ids, params):
                     self.engine.add_request(request_id, prompt_token_ids, params)
-                except Exception as error:  # noqa: BLE001 - one bad request must not end the others
-                    self.send(wire.Refused(request_id, wire.WireError.of(error)))
+                case wire.AddEmbedding(request_id, prompt_token_ids, pooling, normalize):
+                    self.engine.add_embedding(request_id, prompt_token_ids, pooling, normalize=normalize)
+        except Exception as error:  # noqa: BLE001 - one bad request must not end the others
+            self.send(wire.Refused(command.request_id, wire.WireError.of(error)))
+
+    def _abort(self, request_id: str) -> list[RequestOutput]:
+        command = self.preparing.pop(request_id, None)
+        if command is None:
+            return self.engine.abort(request_id)
+        return [
+            RequestOutput(request_id=request_id, index=i, finished=True, finish_reason="abort")
+            for i in range(command.params.n)
+        ]
+
+    def _obey(self, command: wire.Command | Prepared) -> None:
+        match command:
+            case wire.AddRequest() if command.params.guided is not None:
+                self._prepare(command)
+            case wire.AddRequest() | wire.AddEmbedding():
+                self._add(command)
+            case Prepared(request, outcome):
+                # Another one of that id, or none: this one was aborted meanwhile.
+                if self.preparing.get(request.request_id) is request:
+                    del self.preparing[request.request_id]
+                    self._add(request, outcome)
             case wire.AbortRequest(request_id):
-                outputs = self.engine.abort(request_id)
+                outputs = self._abort(request_id)
                 if outputs:
                     self.send(wire.Outputs(outputs))
             case wire.AskStats(ticket):
@@ -121,8 +165,9 @@ class EngineLoop:
             case wire.Shutdown(drain):
                 self.stopping = True
                 if not drain:
-                    for request_id in {request.request_id for request in self.engine.scheduler.requests}:
-                        self.send(wire.Outputs(self.engine.abort(request_id)))
+                    running = {request.request_id for request in self.engine.scheduler.requests}
+                    for request_id in running | set(self.preparing):
+                        self.send(wire.Outputs(self._abort(request_id)))
 
 
 def main(arguments: list[str]) -> int:

@@ -25,6 +25,13 @@ class AddRequest(msgspec.Struct, tag="add"):
     params: SamplingParams
 
 
+class AddEmbedding(msgspec.Struct, tag="embed"):
+    request_id: str
+    prompt_token_ids: list[int]
+    pooling: str | None
+    normalize: bool
+
+
 class AbortRequest(msgspec.Struct, tag="abort"):
     request_id: str
 
@@ -91,7 +98,7 @@ class Closed(msgspec.Struct, tag="closed"):
     """The engine has drained and leaves on purpose."""
 
 
-Command = AddRequest | AbortRequest | AskStats | Shutdown
+Command = AddRequest | AddEmbedding | AbortRequest | AskStats | Shutdown
 Event = Ready | LoadFailed | Outputs | Refused | Heartbeat | StatsReply | Closed
 
 _encoder = msgspec.msgpack.Encoder()
