@@ -1,10 +1,10 @@
 """Every causal language model of transformers, made tiny, through the engine: what runs, and why not.
 
-    python tests/engine/census.py                   # the table, beside what docs/models.md says
-    python tests/engine/census.py --write           # rewrite docs/models.md
+    python tests/engine/census.py                   # fails unless docs/models.md says what the code says
+    python tests/engine/census.py --write           # rewrites docs/models.md
     python tests/engine/census.py llama gemma3n     # these only, with what differs in full
 
-A tiny model keeps a family's own defaults; only what makes it big is shrunk (`tiny_fields`). One that the
+A tiny model keeps a family's own defaults; only what makes it big is shrunk (tiny_models.py). One that the
 engine accepts must give transformers' own greedy tokens.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import difflib
 import logging
 import multiprocessing
 import os
@@ -20,181 +21,19 @@ import signal
 import sys
 import traceback
 import warnings
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+import transformers
+from tiny_models import VOCAB, NotTinyError, make_tiny
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-VOCAB, LAYERS = 320, 4
-MOST_PARAMETERS = 20_000_000
-
-# Field name -> tiny value, in every config that has the field and sets it to a number.
-SIZES: dict[str, Any] = {
-    **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"], VOCAB),
-    **dict.fromkeys(
-        ["hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim", "attention_hidden_size",
-         "emb_dim", "dim", "lru_width"], 64,
-    ),
-    **dict.fromkeys(
-        ["intermediate_size", "ffn_dim", "n_inner", "dim_ff", "dff", "d_ff", "decoder_ffn_dim",
-         "encoder_ffn_dim", "ffn_hidden_size", "dense_intermediate_size", "intermediate_size_mlp"], 96,
-    ),
-    **dict.fromkeys(
-        ["moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size",
-         "shared_experts_intermediate_size", "moe_shared_expert_intermediate_size",
-         "expert_ffn_hidden_size"], 32,
-    ),
-    **dict.fromkeys(
-        ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
-         "num_encoder_layers", "num_decoder_layers"], LAYERS,
-    ),
-    **dict.fromkeys(
-        ["num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
-         "encoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads",
-         "swa_num_attention_heads"], 4,
-    ),
-    **dict.fromkeys(
-        ["head_dim", "v_head_dim", "qk_nope_head_dim", "kv_channels", "attention_head_dim", "swa_head_dim",
-         "dim_head", "linear_head_dim", "linear_key_head_dim", "linear_value_head_dim", "global_head_dim",
-         "query_pre_attn_scalar", "mamba_d_head", "mamba_head_dim"], 16,
-    ),
-    **dict.fromkeys(["num_kv_heads", "swa_num_key_value_heads", "num_global_key_value_heads"], 2),
-    "qk_rope_head_dim": 8,
-    "q_lora_rank": 32, "kv_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2,
-    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
-    **dict.fromkeys(["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"], 2),
-    **dict.fromkeys(["n_group", "topk_group", "num_expert_group"], 1),
-    **dict.fromkeys(
-        ["sliding_window", "sliding_window_size", "attention_window_size", "window_size", "local_attention",
-         "attention_chunk_size"], 8,
-    ),
-    **dict.fromkeys(["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length"], 256),
-    **dict.fromkeys(["mamba_d_state", "state_size", "ssm_state_size"], 8),
-    **dict.fromkeys(["linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"], 2),
-    **dict.fromkeys(["index_n_heads", "mamba_n_groups", "n_groups"], 2),
-    **dict.fromkeys(["mamba_n_heads", "mamba_num_heads"], 8),
-    "index_head_dim": 16, "index_topk": 8, "rotary_dim": 8,
-}  # fmt: skip
-TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-# What the general rule does not reach.
-SIX_SHARED = {
-    "num_hidden_layers": 6,
-    "layer_types": ["sliding_attention", "full_attention"] * 3,
-    "num_kv_shared_layers": 2,
-}
-ASSISTANT = {
-    "model_type": "gemma4_text", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 2, "vocab_size": VOCAB,
-    "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16,
-}  # fmt: skip
-EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "blt": {"encoder_hash_byte_group_vocab": 64},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {
-        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
-        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
-    },
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma3n_text": {
-        **SIX_SHARED,
-        "intermediate_size": [96] * 6,
-        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0, 0.0],
-    },
-    "gemma4_assistant": {"text_config": ASSISTANT},
-    "gemma4_unified_assistant": {"text_config": ASSISTANT},
-    "hunyuan_v1_dense": {"head_dim": 16},
-    "hunyuan_v1_moe": {"head_dim": 16},
-    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "mamba2": {"num_heads": 8},
-    "ministral": {"head_dim": 16},
-    "nemotron": {"num_key_value_heads": 2},
-    "reformer": {"axial_pos_embds": False},
-    "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 5, "layers_block_type": ["linear_attention", "hybrid"] * 2 + ["hybrid"]},
-}
-
-
-def tiny_fields(config: PreTrainedConfig, model_type: str = "") -> dict[str, Any]:
-    """Constructor arguments of the smallest config that still has every kind of layer of ``config``."""
-    fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
-    tiny: dict[str, Any] = {}
-    for name, value in fields.items():
-        if isinstance(value, PreTrainedConfig):
-            tiny[name] = tiny_fields(value)
-        elif name in SIZES and isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            tiny[name] = min(value, SIZES[name])
-        elif name in TOKEN_IDS:
-            tiny[name] = TOKEN_IDS[name]
-        elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= VOCAB:
-            tiny[name] = VOCAB - 1
-    heads, kv_heads = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
-    if isinstance(kv_heads, int):
-        tiny["num_key_value_heads"] = 4 if kv_heads == heads else min(2, kv_heads)
-    if "head_dim" in tiny and fields["head_dim"] == fields.get("qk_rope_head_dim"):
-        tiny["head_dim"] = tiny["qk_rope_head_dim"]  # DeepSeek's name for the dims that are rotated
-    if "is_decoder" in fields:
-        tiny["is_decoder"] = True  # BERT and its kin: causal only as a decoder
-    tiny.update(_layer_lists(config, fields))
-    tiny.update(EXCEPTIONS.get(model_type, {}))
-    return tiny
-
-
-def _layer_lists(config: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
-    """Per-layer lists cut to the first layer of each kind, and more until there are ``LAYERS``."""
-    depth = fields.get("num_hidden_layers") or getattr(config, "num_hidden_layers", None)
-    lists = {
-        name: value for name, value in fields.items()
-        if isinstance(value, list | tuple) and depth and len(value) == depth
-        and not any(isinstance(v, float) for v in value)
-    }  # fmt: skip
-    if not lists or depth <= LAYERS:
-        return {}
-    kinds = list(zip(*(map(str, value) for value in lists.values()), strict=True))
-    chosen = {kinds.index(kind) for kind in dict.fromkeys(kinds)}
-    for layer in range(depth):
-        if len(chosen) >= LAYERS:
-            break
-        chosen.add(layer)
-    cut = {name: [value[i] for i in sorted(chosen)] for name, value in lists.items()}
-    return {**cut, "num_hidden_layers": len(chosen)}
-
-
-class NotTinyError(Exception):
-    """A family that this census cannot build small."""
-
-
-def make_tiny(family: str) -> PreTrainedModel:
-    """A random model of ``family``, livelier than at its usual initialisation, where it repeats itself."""
-    config_class = CONFIG_MAPPING[family]
-    try:
-        config = config_class(**tiny_fields(_default(config_class, family), family))
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-        size = sum(parameter.numel() for parameter in empty.parameters())
-        if size > MOST_PARAMETERS:
-            raise NotTinyError(f"{size / 1e6:.0f} million parameters are left")
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-    except NotTinyError:
-        raise
-    except Exception as error:
-        raise NotTinyError(f"{type(error).__name__}: {error}") from error
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(3.0)
-    return model
-
-
-def _default(config_class: type[PreTrainedConfig], family: str) -> PreTrainedConfig:
-    return config_class(**EXCEPTIONS.get(f"{family}, default", {}))
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+NUM_TOKENS = 32
 
 
 def make_prompts(lengths: tuple[int, ...] = (1, 5, 23, 40, 2)) -> list[list[int]]:
@@ -227,7 +66,7 @@ class Finding:
     detail: str = ""
 
 
-def examine(family: str, num_tokens: int = 32) -> Finding:
+def examine(family: str, num_tokens: int = NUM_TOKENS) -> Finding:
     """Build, load, generate, compare."""
     from hearth.engine import Engine, SamplingParams
     from hearth.errors import UnsupportedModelError
@@ -241,7 +80,7 @@ def examine(family: str, num_tokens: int = 32) -> Finding:
     try:
         engine = Engine.from_model(copy.deepcopy(model), max_num_batched_tokens=64, max_num_seqs=8)
     except UnsupportedModelError as error:
-        return Finding(family, architecture, "refused", _line(error).split(": ", 1)[-1])
+        return Finding(family, architecture, "refused", error.message.split(": ", 1)[-1])
     except Exception as error:
         return Finding(
             family, architecture, "WRONG", f"loading raised {_line(error)}", traceback.format_exc()
@@ -251,7 +90,7 @@ def examine(family: str, num_tokens: int = 32) -> Finding:
             params = SamplingParams(max_tokens=num_tokens, temperature=0)
             got = [c.token_ids for c in engine.generate(prompts, params)]
         expected = generate(model, prompts, num_tokens)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a finding
         return Finding(family, architecture, "WRONG", f"raised {_line(error)}", traceback.format_exc())
     if got != expected:
         return Finding(family, architecture, "WRONG", "other tokens than transformers", f"{got}\n{expected}")
@@ -261,7 +100,8 @@ def examine(family: str, num_tokens: int = 32) -> Finding:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 160 else text[:160] + " …"
 
 
 def _worker(family: str) -> Finding:
@@ -281,29 +121,78 @@ def _worker(family: str) -> Finding:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def census(families: list[str], jobs: int = 1) -> list[Finding]:
+def census(families: list[str], jobs: int) -> list[Finding]:
+    """Findings in the order of the families' names; each is also logged as it comes."""
     findings = []
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for future in as_completed([pool.submit(_worker, family) for family in families]):
-            findings.append(future.result())
-            print(findings[-1], file=sys.stderr, flush=True)
+            finding = future.result()
+            findings.append(finding)
+            sys.stderr.write(f"{finding.family}: {finding.verdict} {finding.reason}\n")
     return sorted(findings, key=lambda finding: finding.family)
 
 
-def main() -> None:
+HEAD = """\
+# Models that the engine runs
+
+The engine lists no models: it examines each at load ([why](decisions/0021-examined-not-listed.md)). This page
+is what it found for tiny random models of all {total} families that transformers {version} has for causal
+language modelling. `python tests/engine/census.py --write` wrote it, and a test compares it with what the
+code says.
+
+- **runs** ({runs}): in float32, {tokens} greedy tokens of five prompts of 1 to 40 tokens, in one batch, equal
+  those of transformers' own `generate`, token for token.
+- **refused** ({refused}): the engine says so at load, with this reason.
+- **not tried** ({not_tried}): the census could not build a small model; the engine would still examine it.
+
+A family runs here with its config's default features and text alone. Another checkpoint of it may use others
+(another rotary scaling, ALiBi in Falcon), and is examined anew. Vocabulary and context are limited by the
+model; images and sound are not taken.
+
+| family | class | engine | reason |
+|---|---|---|---|
+"""
+
+
+def table(findings: list[Finding]) -> str:
+    """docs/models.md."""
+    counts = Counter(finding.verdict for finding in findings)
+    head = HEAD.format(
+        total=len(findings),
+        version=transformers.__version__,
+        tokens=NUM_TOKENS,
+        runs=counts["runs"],
+        refused=counts["refused"],
+        not_tried=counts["not tried"],
+    )
+    rows = [
+        f"| {f.family} | {f.architecture} | {f.verdict} | {f.reason.replace('|', '/')} |\n" for f in findings
+    ]
+    return head + "".join(rows)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("families", nargs="*")
+    parser.add_argument("families", nargs="*", help="only these, with details; default: all")
+    parser.add_argument("--write", action="store_true", help="rewrite docs/models.md")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
-    families = arguments.families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    for finding in census(families, arguments.jobs):
-        print(
-            f"{finding.family:26} {finding.architecture:34} {finding.verdict:10} {finding.reason}", flush=True
-        )
-        if arguments.families:
-            print(finding.detail)
+    findings = census(arguments.families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), arguments.jobs)
+    wrong = [finding for finding in findings if finding.verdict == "WRONG"]
+    for finding in findings if arguments.families else wrong:
+        sys.stdout.write(f"{finding.family}: {finding.verdict} {finding.reason}\n{finding.detail}\n")
+    if not arguments.families and not wrong:
+        if arguments.write:
+            PAGE.write_text(table(findings))
+        elif PAGE.read_text() != table(findings):
+            differences = difflib.unified_diff(
+                PAGE.read_text().splitlines(), table(findings).splitlines(), lineterm="", n=0
+            )
+            sys.stdout.write("docs/models.md says otherwise:\n" + "\n".join(differences) + "\n")
+            return 1
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

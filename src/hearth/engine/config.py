@@ -9,7 +9,7 @@ from typing import Any
 from hearth.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTIONS = ("auto", "native", "numba", "torch")
+ATTENTIONS = ("auto", "triton", "native", "numba", "torch")
 WEIGHTS = ("auto", "int8", "int4")
 KV_DTYPES = ("auto", "int8", "fp8")
 
@@ -31,7 +31,7 @@ class EngineConfig:
     prefix_cache: reuse the blocks of a prompt that starts like an earlier one.
     prepack: rearrange the linear weights for the CPU's matrix units at load.
     attention: "auto" chooses the quickest for device, dtype and shapes: compiled or numba kernels on a CPU,
-        torch elsewhere; "native", "numba" and "torch" insist.
+        Triton's on a GPU, torch elsewhere; "triton", "native", "numba" and "torch" insist.
     native: use the compiled kernels where there is a compiler and a processor for them.
     weights: "auto" as stored; "int8" (a scale per output channel) and "int4" (a scale per group of inputs)
         compress the linear weights at load.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hearth.engine.attention import triton_path
 from hearth.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,17 +22,24 @@ def choose_path(
     wanted: str = "auto",
     native: bool = True,
 ) -> str:
-    """ "native", "numba" or "torch": the quickest that can compute this layer, or the one that is wanted.
+    """ "triton", "native", "numba" or "torch": the quickest that can compute this layer, or the wanted one.
 
     native: whether "auto" may choose the compiled kernels. Raises `ConfigError` if ``wanted`` cannot do it.
     """
-    tried = [wanted] if wanted != "auto" else ["native", "numba"] if native else ["numba"]
+    if wanted != "auto":
+        tried = [wanted]
+    elif device.type != "cpu":
+        tried = ["triton"]
+    else:
+        tried = ["native", "numba"] if native else ["numba"]
     reason = ""
     for path in tried:
         if path == "native":
             reason = _not_native(spec, dtype, device, block_size)
         elif path == "numba":
             reason = why_not_numba(dtype, device)
+        elif path == "triton":
+            reason = triton_path.unsuited(dtype, device)
         if not reason:
             return path
     if wanted == "auto":

@@ -14,6 +14,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hearth.engine.attention.step import StepContext
+from hearth.errors import ConfigError
 
 if TYPE_CHECKING:
     from hearth.engine.attention.native_path import NativeLayer
@@ -61,8 +62,8 @@ class LayerSpec:
     sinks: bool = False
 
     def bytes_per_token(self, dtype: torch.dtype, kv_dtype: str = "auto") -> int:
-        """Bytes of one token's keys and values, in the model's dtype or as int8 with two float32 scales."""
-        if kv_dtype == "int8":
+        """Bytes of one token's keys and values, in the model's dtype or in 8 bits with two float32 scales."""
+        if kv_dtype != "auto":
             return self.num_kv_heads * (self.key_dim + self.value_dim + 2 * torch.float32.itemsize)
         return self.num_kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
 
@@ -71,7 +72,7 @@ class LayerSpec:
 class Pool:
     """The memory of one layer's blocks; the first dimension of every tensor is the block.
 
-    Keys [blocks, K, S, D] and values [blocks, K, S, E]; for the compiled kernels as attention.h says. int8
+    Keys [blocks, K, S, D] and values [blocks, K, S, E]; for the compiled kernels as attention.h says. 8-bit
     ones have a float32 scale for each token and head, [blocks, K, S]: x = scale * q.
     """
 
@@ -102,7 +103,8 @@ class Attend(Protocol):
 class LayerKV:
     """The paged keys and values of one layer, and the way to attend to them.
 
-    path: "native", "numba" or "torch", see `choice.choose_path`. kv_dtype: "auto" or "int8".
+    path: "triton", "native", "numba" or "torch", see `choice.choose_path`. kv_dtype: "auto", "int8" or "fp8".
+    Raises `ConfigError` for "fp8" on a path other than Triton's.
     """
 
     def __init__(
@@ -115,6 +117,10 @@ class LayerKV:
         path: str,
         kv_dtype: str = "auto",
     ) -> None:
+        if kv_dtype == "fp8" and path != "triton":
+            raise ConfigError(
+                f"kv_dtype is 'fp8', which {path} attention does not store", fix="use kv_dtype auto or int8"
+            )
         self.spec, self.step, self.path = spec, step, path
         self.num_blocks = num_blocks
         self.pool = _make_pool(spec, step, num_blocks, dtype, path=path, kv_dtype=kv_dtype)
@@ -122,7 +128,7 @@ class LayerKV:
 
     @property
     def attention_name(self) -> str:
-        """What computes this layer: "native-amx", "native-avx512", "numba" or "torch"."""
+        """What computes this layer: "native-amx", "native-avx512", "triton", "numba" or "torch"."""
         if self.path != "native":
             return self.path
         from hearth.engine.native import library
@@ -179,12 +185,12 @@ def _make_pool(
         from hearth.engine.attention.native_path import pool_shapes
 
         key_shape, value_shape = pool_shapes(spec, S)
-    stored = torch.int8 if kv_dtype == "int8" else dtype
+    stored = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(kv_dtype, dtype)
 
     def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return _zeros((num_blocks, *shape), dtype, step.device)
 
-    scales = [zeros((K, S), torch.float32) for _ in range(2)] if kv_dtype == "int8" else [None, None]
+    scales = [zeros((K, S), torch.float32) for _ in range(2)] if kv_dtype != "auto" else [None, None]
     return Pool(zeros(key_shape, stored), zeros(value_shape, stored), *scales)
 
 
@@ -197,6 +203,10 @@ def _make_attend(path: str) -> Callable[[LayerSpec, Pool, int], Attend]:
         from hearth.engine.attention.numba_path import NumbaLayer
 
         return NumbaLayer
+    if path == "triton":
+        from hearth.engine.attention.triton_path import TritonLayer
+
+        return TritonLayer
     from hearth.engine.attention.torch_path import TorchLayer
 
     return TorchLayer

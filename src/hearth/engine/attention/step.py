@@ -81,6 +81,10 @@ class StepContext:
         address = self._workspace.data_ptr()
         return address + -address % 64
 
+    def forget(self) -> None:
+        """Drop what the layers share."""
+        self._cache.clear()
+
     def cached(self, key: object, make: Callable[[], Any]) -> Any:
         """A value that all layers of this step share, made by the first that asks."""
         value = self._cache.get(key)
