@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from hearth.engine.memory import _cgroup_free, available_memory
+from hearth.engine.memory import MappedFiles, _cgroup_free, available_memory
 
 
 def test_a_container_leaves_its_limit_without_what_can_be_dropped(tmp_path: Path) -> None:
@@ -30,3 +32,27 @@ def test_the_first_version_of_control_groups(tmp_path: Path) -> None:
 
 def test_some_memory_is_free_here() -> None:
     assert available_memory(torch.device("cpu")) > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_pages_of_weight_files_are_let_go_and_come_back(tmp_path: Path) -> None:
+    def resident_file_kib() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("RssFile")).split()[1])
+
+    weights = torch.randn(4 << 20, generator=torch.Generator().manual_seed(0))
+    save_file({"weight": weights}, tmp_path / "model.safetensors")
+    mapped = load_file(tmp_path / "model.safetensors")["weight"]
+    assert torch.equal(mapped, weights)
+    before = resident_file_kib()
+    released = MappedFiles().release(mapped)
+    assert released > 0.99 * mapped.nbytes
+    assert before - resident_file_kib() > 0.9 * mapped.nbytes / 1024
+    assert torch.equal(mapped, weights)
+
+
+def test_other_memory_is_never_let_go() -> None:
+    weights = torch.randn(1 << 20)
+    copy = weights.clone()
+    assert MappedFiles().release(weights) == 0
+    assert torch.equal(weights, copy)

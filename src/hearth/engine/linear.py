@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from hearth.engine import native
+from hearth.engine.memory import MappedFiles
 from hearth.engine.native import gemm as native_gemm
 from hearth.engine.native.gemm import MAX_INPUTS, NativeWeight, pack_bf16, pack_int4, pack_int8
 from hearth.engine.quantize import Int4Weight, Int8Weight, quantize_int4, quantize_int8
@@ -180,7 +181,7 @@ def pack_linears(model: nn.Module, *, weights: str = "auto", use_native: bool = 
     """
     find_head = getattr(model, "get_output_embeddings", None)
     head = None if find_head is None else find_head()
-    num_packed = 0
+    num_packed, files = 0, MappedFiles()
     for path, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
             if getattr(child, KEEP, False):
@@ -204,6 +205,7 @@ def pack_linears(model: nn.Module, *, weights: str = "auto", use_native: bool = 
                     name=f"{path}.{name}" if path else name,
                 ),
             )
+            files.release(weight)
             del child, weight, bias
             num_packed += 1
     return num_packed
