@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 
 from hearth.engine.params import SamplingParams
-from hearth.engine.plan import Plan
+from hearth.engine.plan import Plan, PlanRow
 from hearth.engine.pool import BlockPool
 from hearth.engine.request import Request, RequestState
 from hearth.engine.scheduler import Scheduler
+from hearth.engine.swap import Costs, HostPool
 
 
 def make_scheduler(num_blocks: int = 16, block_size: int = 4, seqs: int = 8, budget: int = 16) -> Scheduler:
@@ -38,76 +40,209 @@ def check_plan(scheduler: Scheduler, plan: Plan) -> None:
     assert plan.num_tokens <= scheduler.max_num_batched_tokens
     keys = [row.request.key for row in plan.rows]
     assert len(set(keys)) == len(keys)
-    block_size = scheduler.pool.block_size
-    written: set[tuple[int, int]] = set()
+    assert not set(plan.preempted) & {row.request for row in plan.rows}
     for row in plan.rows:
-        assert row.token_ids == tuple(row.request.tokens[row.start : row.end])
-        assert len(row.block_ids) * block_size >= row.end
-        assert row.samples == (row.end == len(row.request.tokens))
-        for position in range(row.start, row.end):
-            slot = (row.block_ids[position // block_size], position % block_size)
-            assert slot not in written, "two sequences write one slot"
-            written.add(slot)
-    for row in plan.rows:  # what is read but not written now must not be written by another row
-        for position in range(row.start):
-            slot = (row.block_ids[position // block_size], position % block_size)
-            if slot in written:
-                writer = next(r for r in plan.rows if r is not row and slot[0] in r.block_ids)
-                assert writer.request.tokens[position] == row.request.tokens[position], (
-                    "a shared block diverged"
-                )
+        request = row.request
+        drafts = row.token_ids[row.num_tokens - row.num_drafts :]
+        assert row.num_tokens == len(row.token_ids) > 0, "a row without a query token"
+        assert row.token_ids == (*request.tokens[row.start : row.end - row.num_drafts], *drafts)
+        assert list(drafts) == request.draft_ids[: row.num_drafts]
+        assert len(row.block_ids) * scheduler.pool.block_size >= row.end
+        assert row.samples == (row.end >= len(request.tokens))
+        assert row.num_logits == (1 + row.num_drafts if row.samples else 0)
+        assert row.num_drafts < max(1, request.max_new_tokens - request.num_output_tokens)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_random_workload_keeps_every_invariant(seed: int) -> None:
-    rng = random.Random(seed)
-    block_size = rng.choice([1, 2, 4, 8])
-    scheduler = make_scheduler(
-        num_blocks=rng.randint(48, 90) // block_size, block_size=block_size, seqs=rng.randint(1, 9),
-        budget=rng.randint(1, 40),
-    )  # fmt: skip
-    capacity = scheduler.pool.num_blocks * block_size
-    prefixes = [[rng.randrange(50) for _ in range(20)] for _ in range(3)]
-    alive: dict[str, Request] = {}
-    done: list[Request] = []
-    added = 0
-    for step in range(400):
-        if added < 60 and rng.random() < 0.5:
-            max_new = rng.randint(1, 12)
-            prompt = [
-                *rng.choice(prefixes)[: rng.randint(0, 20)],
-                *(rng.randrange(50) for _ in range(rng.randint(1, 12))),
-            ]
-            prompt = prompt[: capacity - max_new]
-            request = make_request(f"r{added}", prompt, max_new)
-            scheduler.add(request)
-            alive[request.request_id] = request
-            added += 1
-        if alive and rng.random() < 0.05:
-            victim = rng.choice(list(alive.values()))
-            scheduler.finish(victim, "abort")
-            del alive[victim.request_id]
-            scheduler.check()
-        plan = scheduler.schedule()
-        check_plan(scheduler, plan)
-        if plan and rng.random() < 0.03:
-            scheduler.fail_step(plan)
+Content = list[int | None]
+
+
+class Memory:
+    """What the runner would hold: instead of keys and values, for each slot a hash of what they depend on.
+
+    Executing a plan asserts that every slot that a row reads holds what it must, and that no slot is written
+    by two rows.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.size, self.window = pool.block_size, pool.window
+        self.blocks: list[Content] = [[None] * self.size for _ in range(pool.num_blocks)]
+        self.host: list[Content] = [
+            [None] * self.size for _ in range(pool.host.num_slots if pool.host else 0)
+        ]
+
+    def execute(self, plan: Plan) -> None:
+        for block, slot in plan.swap_out:
+            self.host[slot] = list(self.blocks[block])
+        for slot, block in plan.swap_in:
+            self.blocks[block] = list(self.host[slot])
+        written: set[tuple[int, int]] = set()
+        contents = {row.request: self.contents(row) for row in plan.rows}
+        for row in plan.rows:
+            for position in range(row.start, row.end):
+                slot_of = (row.block_ids[position // self.size], position % self.size)
+                assert slot_of not in written, "two sequences write one slot"
+                written.add(slot_of)
+                self.blocks[slot_of[0]][slot_of[1]] = contents[row.request][position]
+        for row in plan.rows:
+            first = max(0, row.start - self.window + 1) if self.window else 0
+            for position in range(first, row.end):
+                found = self.blocks[row.block_ids[position // self.size]][position % self.size]
+                assert found == contents[row.request][position], f"{row.request.key} reads another's content"
+
+    def contents(self, row: PlanRow) -> list[int]:
+        request = row.request
+        state = hash((request.params.cache_salt, request.adapter_hash, request.extra))
+        states = []
+        for token in (*request.tokens[: row.start], *row.token_ids):
+            state = hash((state, token))
+            states.append(state)
+        return states
+
+    def spoil(self, plan: Plan, rng: random.Random) -> None:
+        """A step that broke off somewhere: nothing that it should have written can be relied upon."""
+        for _, slot in plan.swap_out:
+            self.host[slot] = [rng.random() < 0.5 or None] * self.size
+        for _, block in plan.swap_in:
+            self.blocks[block] = [None] * self.size
+        for row in plan.rows:
+            for position in range(row.start, row.end):
+                self.blocks[row.block_ids[position // self.size]][position % self.size] = None
+
+
+class Workload:
+    """Random requests on a random small engine; every step is executed on a `Memory` and checked."""
+
+    def __init__(self, seed: int, num_requests: int) -> None:
+        rng = self.rng = random.Random(seed)
+        size = rng.choice([1, 2, 4, 8])
+        prefix_cache = rng.random() < 0.85
+        num_slots = rng.choice([0, 3, 40]) if prefix_cache else 0
+        pool = BlockPool(
+            rng.randint(56, 110) // size, size, prefix_cache=prefix_cache,
+            window=rng.choice([0, 0, 0, 1, 3, 8, 17]), host=HostPool(num_slots) if num_slots else None,
+        )  # fmt: skip
+        self.scheduler = Scheduler(
+            pool, max_num_seqs=rng.randint(1, 9), max_num_batched_tokens=rng.randint(1, 40),
+            # Sometimes swapping is always cheaper, sometimes only for long sequences, sometimes never.
+            costs=Costs(1.0, rng.choice([0.0, 1e-9, 1.0])), block_bytes=rng.choice([0, 1]),
+        )  # fmt: skip
+        self.scheduler.max_prompt_tokens = rng.randint(1, 20)
+        self.memory = Memory(pool)
+        self.capacity = pool.num_blocks * size
+        self.prefixes = [[rng.randrange(50) for _ in range(20)] for _ in range(3)]
+        self.left = num_requests
+        self.alive: dict[tuple[str, int], Request] = {}
+        self.ended: list[Request] = []
+        self.names: set[tuple[str, int]] = set()
+
+    def add(self) -> None:
+        rng = self.rng
+        max_new = rng.randint(1, 12)
+        prompt = [
+            *rng.choice(self.prefixes)[: rng.randint(0, 20)],
+            *(rng.randrange(50) for _ in range(rng.randint(1, 12))),
+        ][: self.capacity - max_new]
+        params = SamplingParams(
+            max_tokens=max_new,
+            priority=rng.choice([0, 0, 0, -1, 3]),
+            cache_salt=rng.choice([None, None, "s"]),
+        )
+        self.left -= 1
+        for index in range(rng.choice([1, 1, 1, 3])):
+            request = Request(f"r{self.left}", index, prompt, params, max_new)
+            request.skip_prefix = rng.random() < 0.1
+            request.adapter_hash = rng.choice([b"", b"", b"a"])
+            self.scheduler.add(request)
+            self.alive[request.key] = request
+            self.names.add(request.key)
+
+    def end(self, request: Request, reason: str) -> None:
+        if request.finish_reason is None:
+            self.scheduler.finish(request, reason)
+        self.ended.append(self.alive.pop(request.key))
+
+    def propose(self) -> None:
+        for request in self.scheduler.running:
+            if request.is_decoding and request.num_output_tokens and self.rng.random() < 0.4:
+                request.draft_ids = [self.rng.randrange(50) for _ in range(self.rng.randint(1, 4))]
+
+    def settle(self, plan: Plan) -> None:
+        """Accept some of each row's drafts and give each sequence one more token."""
+        for row in plan.rows:
+            request = row.request
+            if row.samples:
+                drafts = row.token_ids[row.num_tokens - row.num_drafts :]
+                request.tokens += drafts[: self.rng.randint(0, row.num_drafts)]
+                request.tokens.append(self.rng.randrange(50))
+                assert request.num_output_tokens <= request.max_new_tokens
+                if request.num_output_tokens == request.max_new_tokens:
+                    self.end(request, "length")
+                else:
+                    self.scheduler.settle(request)
+
+    def step(self) -> None:
+        self.propose()
+        decoding = [request for request in self.scheduler.running if request.is_decoding]
+        plan = self.scheduler.schedule()
+        check_plan(self.scheduler, plan)
+        decoded = [row.request for row in plan.rows if row.request in decoding]
+        assert decoded == [row.request for row in plan.rows[: len(decoded)]], "a decode came after a prompt"
+        assert decoded == sorted(decoded, key=lambda request: request.rank)
+        assert plan or not self.scheduler.has_work
+        if plan and self.left and self.rng.random() < 0.02:
+            self.memory.spoil(plan, self.rng)
+            self.scheduler.fail_step(plan)
             for row in plan.rows:
-                del alive[row.request.request_id]
+                self.end(row.request, "error")
         else:
-            for request in sample(scheduler, plan, lambda _: rng.randrange(50)):
-                done.append(request)
-                del alive[request.request_id]
-        scheduler.check()
-        assert set(alive) == {r.request_id for r in scheduler.requests}, f"a request was lost in step {step}"
-    while scheduler.has_work:
-        plan = scheduler.schedule()
-        check_plan(scheduler, plan)
-        assert plan
-        done.extend(sample(scheduler, plan, lambda _: rng.randrange(50)))
-    assert scheduler.pool.num_used == 0
-    assert all(r.num_output_tokens == r.max_new_tokens for r in done)
-    assert added == 60
+            self.memory.execute(plan)
+            self.settle(plan)
+        self.scheduler.check()
+        assert self.alive == {request.key: request for request in self.scheduler.requests}, "one was lost"
+
+    def run(self) -> None:
+        while self.left:
+            if len(self.scheduler.waiting) < 15 and self.rng.random() < 0.5:
+                self.add()
+            if self.alive and self.rng.random() < 0.05:
+                self.end(self.rng.choice(list(self.alive.values())), "abort")
+                self.scheduler.check()
+            self.step()
+        steps_left = 5000
+        while self.scheduler.has_work:
+            self.step()
+            steps_left -= 1
+            assert steps_left, "somebody never ends"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_workload_keeps_every_invariant(seed: int) -> None:
+    workload = Workload(seed, 50)
+    workload.run()
+    pool = workload.scheduler.pool
+    assert pool.num_used == 0
+    pool.begin_step()
+    assert pool.host is None or pool.host.num_used == 0
+    assert {request.key for request in workload.ended} == workload.names
+    for request in workload.ended:
+        assert request.finish_reason in ("length", "abort", "error")
+        assert (request.num_output_tokens == request.max_new_tokens) == (request.finish_reason == "length")
+
+
+def test_the_random_workloads_reach_what_they_are_for() -> None:
+    reached: Counter[str] = Counter()
+    for seed in range(20):
+        workload = Workload(seed, 30)
+        workload.run()
+        pool = workload.scheduler.pool
+        reached["preemptions"] += workload.scheduler.num_preemptions
+        reached["hits"] += pool.hit_tokens
+        reached["copies"] += 0 if pool.host is None else pool.host.num_copied_in
+        reached["promoted"] += sum(request.is_promoted for request in workload.ended)
+        reached["failed"] += sum(request.finish_reason == "error" for request in workload.ended)
+    assert all(reached[name] > 10 for name in ("preemptions", "hits", "copies", "promoted", "failed")), (
+        reached
+    )
 
 
 def test_decodes_go_on_while_a_long_prompt_is_computed() -> None:

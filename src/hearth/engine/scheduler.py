@@ -193,6 +193,7 @@ class Scheduler:
         request.draft_ids.clear()
         request.num_computed = len(request.tokens) - 1
         self.pool.trim(request)
+        self.pool.commit(request)  # of drafts that were right; the windows may pass them next
 
     def finish(self, request: Request, reason: str) -> None:
         """End a sequence, running or waiting, and free its blocks."""
@@ -339,6 +340,7 @@ class _Step:
             if victim is None:
                 self.block(request)
                 request.draft_ids.clear()
+                self.pool.trim(request)
                 return
             self.preempt(victim)
         self.add(request, num_tokens)
