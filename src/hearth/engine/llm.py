@@ -16,23 +16,22 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hearth.engine.assembly import assemble
+from hearth.engine.assembly import assemble, make_scheduler
 from hearth.engine.batch import Prompt, embedding_of, extend_completion, params_for, start_completion
 from hearth.engine.best_of import BestOf
 from hearth.engine.choose import Chosen, choose
 from hearth.engine.config import EngineConfig
 from hearth.engine.detokenize import Decode, Detokenizer, StopChecker, decoder_of
+from hearth.engine.draft.loading import bytes_per_token, make_speculator, open_draft_model
 from hearth.engine.embedding import EmbeddingSequence, pooling_of
 from hearth.engine.grammar import GrammarCompiler
 from hearth.engine.loading import LoadedModel, eos_token_ids, load
 from hearth.engine.outputs import Completion, Embedding, EngineStats, RequestOutput
 from hearth.engine.params import SamplingParams, check_prompt
 from hearth.engine.plan import Plan
-from hearth.engine.pool import BlockPool
 from hearth.engine.prompt_logprobs import max_positions, score_prompts
 from hearth.engine.request import Request
 from hearth.engine.sampler import SamplingState
-from hearth.engine.scheduler import Scheduler
 from hearth.engine.sequences import Sequence
 from hearth.errors import EngineError, RequestError
 from hearth.models import encode_text
@@ -61,10 +60,15 @@ class Engine:
         self.eos_ids = eos_token_ids(model, loaded.tokenizer)
         self.grammars = GrammarCompiler(loaded.tokenizer, self.vocab_size, self.eos_ids)
         self._decode: Decode | None = None if loaded.tokenizer is None else decoder_of(loaded.tokenizer)
-        self.runner, num_blocks, self.max_model_len = assemble(model, config)
-        self.pool = BlockPool(num_blocks, config.block_size, prefix_cache=config.prefix_cache)
-        self.scheduler = Scheduler(
-            self.pool, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+        draft = open_draft_model(loaded, config)
+        self.runner, num_blocks, self.max_model_len = assemble(
+            model, config, shared_token_bytes=bytes_per_token(draft, config)
+        )
+        # A draft model shares the blocks, and its windows may be others.
+        self.scheduler = make_scheduler(self.runner, num_blocks, config, allow_window=draft is None)
+        self.pool = self.scheduler.pool
+        self.speculator = make_speculator(
+            draft, config, self.scheduler, self.max_model_len, self._count_valid_drafts
         )
         self.scheduler.max_num_scores = max_positions(self.vocab_size)
         self._sequences: dict[tuple[str, int], Sequence | EmbeddingSequence] = {}
@@ -191,10 +195,13 @@ class Engine:
         An exception inside the model or the sampler ends the requests of the plan with finish_reason
         "error", and the engine goes on. So it does after a KeyboardInterrupt, which is passed on.
         """
+        if self.speculator is not None:
+            self.speculator.propose()
         plan = self.scheduler.schedule()
         if not plan:
             return []
         self._num_steps += 1
+        started = time.perf_counter()
         try:
             logits_RV = self.runner.execute(plan)
             score_prompts(plan, logits_RV, lambda r, got: self._sequence(r).prompt_logprobs.extend(got))
@@ -205,6 +212,9 @@ class Engine:
         except BaseException:  # Ctrl-C
             self._drop(plan, "abort")
             raise
+        self.scheduler.costs.observe(plan, time.perf_counter() - started)
+        if self.speculator is not None:
+            self.speculator.observe(plan, chosen)
         return self._select([self._settle(each) for each in chosen] + embedded)
 
     def _sequence(self, request: Request) -> Sequence:
@@ -237,6 +247,11 @@ class Engine:
                 del self._selections[output.request_id]
         return result
 
+    def _count_valid_drafts(self, request: Request) -> int:
+        """How many of the drafts the grammar of the request would allow, one after the other."""
+        grammar = self._sequence(request).sampling.grammar
+        return len(request.draft_ids) if grammar is None else grammar.validate(request.draft_ids)
+
     def _settle(self, chosen: Chosen) -> RequestOutput:
         """Tell the scheduler what became of a row, and the caller what the sequence gained."""
         sequence = chosen.sequence
@@ -259,7 +274,7 @@ class Engine:
 
     def _reject(self, sequence: Sequence, error: str) -> RequestOutput:
         """End a sequence for which there was no token to choose; nobody may reuse its blocks."""
-        self.pool.forget(sequence.request.block_ids)
+        self.pool.forget(sequence.request.live_block_ids)
         output = self._end(sequence, "error")
         output.error = error
         return output
@@ -362,31 +377,36 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What the engine is doing and has done."""
-        pool, size = self.pool, self.config.block_size
-        allocated = sum(len(r.block_ids) for r in self.scheduler.running) * size
-        stored = sum(r.num_computed for r in self.scheduler.running)
+        pool, host = self.pool, self.pool.host
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             max_num_seqs=self.config.max_num_seqs,
             max_model_len=self.max_model_len,
-            block_size=size,
+            block_size=pool.block_size,
             num_blocks=pool.num_blocks,
             num_free_blocks=pool.num_free,
             num_cached_blocks=pool.num_cached,
             num_used_blocks=pool.num_used,
             kv_cache_usage=pool.num_used / pool.num_blocks,
-            kv_cache_waste=1.0 - stored / allocated if allocated else 0.0,
+            kv_cache_waste=pool.waste(self.scheduler.running),
             kv_cache_bytes=self.runner.num_bytes,
             prompt_tokens=self._num_prompt_tokens,
             generation_tokens=self._num_generated,
             prefix_query_tokens=pool.query_tokens,
             prefix_hit_tokens=pool.hit_tokens,
             num_preemptions=self.scheduler.num_preemptions,
+            num_host_blocks=0 if host is None else host.num_slots,
+            num_used_host_blocks=0 if host is None else host.num_used,
+            num_blocks_swapped_out=0 if host is None else host.num_copied_out,
+            num_blocks_swapped_in=0 if host is None else host.num_copied_in,
             num_steps=self._num_steps,
             num_failed_steps=self._num_failed_steps,
             finished=dict(self._finished),
             load_seconds=self.load_seconds,
+            num_drafts=0 if self.speculator is None else self.speculator.num_drafts,
+            num_draft_tokens=0 if self.speculator is None else self.speculator.num_tokens,
+            num_accepted_tokens=0 if self.speculator is None else self.speculator.num_accepted,
         )
 
     @property
@@ -402,7 +422,7 @@ class Engine:
             "max_model_len": self.max_model_len,
             "num_layers": len(self.runner.layers),
             "eos_token_ids": list(self.eos_ids),
-            "attention": "numba" if self.runner.layers[0].use_numba else "torch",
+            "attention": self.runner.layers[0].attention_name,
         }
 
     def close(self) -> None:
@@ -412,7 +432,7 @@ class Engine:
         self._closed = True
         for request_id in {key[0] for key in self._sequences}:
             self.abort(request_id)
-        del self.runner
+        del self.runner, self.speculator
 
     def __enter__(self) -> Engine:
         return self

@@ -74,6 +74,11 @@ class EngineStats(msgspec.Struct, kw_only=True):
 
     Blocks are counted so that free + cached + used = total; cached blocks hold reusable prefixes, and are
     given out when free ones run out.
+
+    kv_cache_usage: the part of the blocks that is used. kv_cache_waste: the part of their slots that holds no
+    token. Host blocks hold what preempted sequences will copy back.
+    num_drafts: times that a sequence had drafts to verify; num_draft_tokens: drafts in all;
+    num_accepted_tokens: those of them that were right.
     """
 
     num_running: int
@@ -93,7 +98,14 @@ class EngineStats(msgspec.Struct, kw_only=True):
     prefix_query_tokens: int
     prefix_hit_tokens: int
     num_preemptions: int
+    num_host_blocks: int = 0
+    num_used_host_blocks: int = 0
+    num_blocks_swapped_out: int = 0
+    num_blocks_swapped_in: int = 0
     num_steps: int
     num_failed_steps: int
     finished: dict[str, int]
     load_seconds: float
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0

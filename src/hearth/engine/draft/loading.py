@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from hearth.engine import support
@@ -12,6 +13,7 @@ from hearth.engine.draft.model import ModelDrafter
 from hearth.engine.draft.ngram import NgramDrafter
 from hearth.engine.draft.speculator import Speculator
 from hearth.engine.loading import LoadedModel, load
+from hearth.engine.request import Request
 from hearth.engine.scheduler import Scheduler
 from hearth.errors import ConfigError
 
@@ -55,7 +57,11 @@ def bytes_per_token(draft: LoadedModel | None, config: EngineConfig) -> int:
 
 
 def make_speculator(
-    draft: LoadedModel | None, config: EngineConfig, scheduler: Scheduler, max_model_len: int
+    draft: LoadedModel | None,
+    config: EngineConfig,
+    scheduler: Scheduler,
+    max_model_len: int,
+    num_valid: Callable[[Request], int],
 ) -> Speculator | None:
     """What ``config.speculation`` asks for; None if nothing. Changes ``draft.model`` in place."""
     if config.speculation is None:
@@ -71,7 +77,7 @@ def make_speculator(
         drafter = ModelDrafter(
             runner, scheduler.pool, max_num_batched_tokens=config.max_num_batched_tokens, max_model_len=bears
         )
-    return Speculator(drafter, scheduler, num_draft_tokens=config.num_draft_tokens)
+    return Speculator(drafter, scheduler, num_draft_tokens=config.num_draft_tokens, num_valid=num_valid)
 
 
 def _text_config(loaded: LoadedModel) -> Any:

@@ -121,6 +121,7 @@ class ModelDrafter:
 
     def _sync(self, request: Request) -> _Progress:
         """What the draft model has of this sequence now, after what became of the last drafts and blocks."""
+        assert not request.num_dropped, "blocks of a window were given up, which the draft model may not have"
         progress = self._progress.get(request)
         if progress is not None and progress.num_preemptions == request.num_preemptions:
             for draft, token in zip(progress.inputs, request.tokens[progress.length :], strict=False):

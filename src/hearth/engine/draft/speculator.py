@@ -25,7 +25,7 @@ class Speculator:
         scheduler: Scheduler,
         *,
         num_draft_tokens: int,
-        num_valid: Callable[[Request], int] | None = None,
+        num_valid: Callable[[Request], int],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """``num_valid``: of a request's drafts, how many its grammar would allow. ``clock``: seconds."""
@@ -60,10 +60,9 @@ class Speculator:
             self.is_broken = True
             self._withdraw(running)
             return
-        if self.num_valid is not None:
-            for request in allowance:
-                if request.draft_ids:
-                    del request.draft_ids[self.num_valid(request) :]
+        for request in allowance:
+            if request.draft_ids:
+                del request.draft_ids[self.num_valid(request) :]
 
     def _withdraw(self, running: Sequence[Request]) -> None:
         """Take back drafts that no step has verified."""
