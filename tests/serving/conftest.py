@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +51,12 @@ def make_tiny_model(directory: Path, *, chat: bool, context: int = 256, seed: in
     )  # fmt: skip
     save_model(LlamaForCausalLM(config), tokenizer, directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Path]:
+    """Makes further tiny models."""
+    return make_tiny_model
 
 
 @pytest.fixture(scope="session")

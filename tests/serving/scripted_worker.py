@@ -61,6 +61,19 @@ async def stream(script: str):
         raise
 
 
+async def load_adapter(request: Request) -> Response:
+    body = await request.json()
+    if body["lora_path"] == "bad":
+        return JSONResponse(
+            {"error": {"message": "bad", "param": "lora_path", "code": "x", "type": "t"}}, 400
+        )
+    return JSONResponse(body)
+
+
+async def unload_adapter(request: Request) -> Response:
+    return JSONResponse(await request.json())
+
+
 async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
@@ -78,6 +91,7 @@ async def main() -> None:
     for name in ("--uds", "--name", "--model", "--served-version"):
         parser.add_argument(name)
     parser.add_argument("--alias", action="append")
+    parser.add_argument("--adapter", action="append", default=[])
     parser.add_argument("--supervised", action="store_true")
     parser.add_argument("--count-file", type=Path)
     parser.add_argument("--fail-from", type=int, default=10**9)
@@ -89,8 +103,12 @@ async def main() -> None:
             file.write("start\n")
         if len(options.count_file.read_text().splitlines()) > options.fail_from:
             sys.exit(3)
-    paths = ("/v1/completions", "/v1/chat/completions", "/generate", "/chat")
+    paths = ("/v1/completions", "/v1/chat/completions", "/generate", "/chat", "/v1/embeddings", "/tokenize")
     routes = [Route(path, generate, methods=["POST"]) for path in paths]
+    routes += [
+        Route("/v1/load_lora_adapter", load_adapter, methods=["POST"]),
+        Route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"]),
+    ]
     routes += [Route("/health", health), Route("/stats", stats), Route("/metrics", metrics)]
     server = make_server(Starlette(routes=routes), drain_seconds=1, uds=options.uds)
     serving = asyncio.create_task(server.serve())
@@ -98,6 +116,7 @@ async def main() -> None:
         await asyncio.sleep(0.005)
     print("a stray line of a library")  # noqa: T201 - must not disturb the event channel
     event = {"event": "ready", "timeline": {}, "max_model_len": 64, "max_num_seqs": 1, "chat": True}
+    event["adapters"] = dict(each.replace("?", "").split("=") for each in options.adapter)
     os.write(channel, json.dumps(event).encode() + b"\n")
     await serving
 

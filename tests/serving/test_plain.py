@@ -73,7 +73,7 @@ async def test_the_three_forms_of_chat_agree(session: aiohttp.ClientSession) -> 
         ("/chat", {}, "message"),
         ("/chat", {"message": "x", "messages": []}, "message"),
         ("/chat", {"messages": [{"role": "user", "content": "x"}], "system": "y"}, "system"),
-        ("/chat", {"message": "x", "history": [{"role": "tool", "content": "y"}]}, "history[0].role"),
+        ("/chat", {"message": "x", "history": [{"role": "robot", "content": "y"}]}, "history[0].role"),
     ],
 )
 async def test_bad_plain_requests(session: aiohttp.ClientSession, path: str, body: dict, param: str) -> None:

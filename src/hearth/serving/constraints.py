@@ -73,6 +73,12 @@ def guided_of(request: Constrained) -> Guided | None:
     return next(iter(found.values()), None)
 
 
+def form_field(request: Constrained) -> str:
+    """The field that constrains the answer, for errors about what it says."""
+    given = (name for name in Constrained.__struct_fields__ if getattr(request, name) is not None)
+    return next(given, "guided")
+
+
 def _schema(form: ResponseFormat) -> dict[str, Any]:
     if form.type == "json_object":
         return ANY_OBJECT

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -13,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from hearth.errors import ServingError, StorageError
+from hearth.serving.gateway import app
 from hearth.serving.gateway.access import Access
 from hearth.serving.gateway.policy import RestartPolicy
 from hearth.telemetry import names
@@ -134,6 +136,39 @@ async def test_a_full_queue_is_429(start_gateway) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await running.until(lambda: running.gateway.num_open == 0)
+        assert (await running.post(prompt="hi"))[0] == 200
+
+
+async def test_the_queue_counts_sequences(start_gateway) -> None:
+    async with start_gateway(max_queue=3) as running:  # and one that runs
+        assert (await running.post(prompt="hi", n=5))[0] == 200  # alone: later it would fit no better
+        task = asyncio.create_task(running.post(prompt="sleep"))
+        await running.until(lambda: running.gateway.in_flight == {"scripted": 1})
+        for body in ({"prompt": "hi", "n": 4}, {"prompt": ["hi", "ho"], "best_of": 2}, {"input": ["a"] * 4}):
+            status, answer, _ = await running.post(**body)
+            assert (status, answer.get("error", {}).get("code")) == (429, "rate_limit_exceeded"), (
+                body,
+                answer,
+            )
+        assert (await running.post(prompt="hi", n=3))[0] == 200
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_body_that_drips_is_given_up(start_gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "read_json_body", partial(app.read_json_body, seconds=0.2))
+
+    async def drip():
+        for _ in range(50):
+            yield b" "
+            await asyncio.sleep(0.05)
+
+    async with start_gateway() as running:
+        json_type = {"content-type": "application/json"}
+        url = running.url + "/v1/completions"
+        async with running.session.post(url, data=drip(), headers=json_type) as response:
+            assert response.status == 408
+            assert (await response.json())["error"]["code"] == "request_timeout"
         assert (await running.post(prompt="hi"))[0] == 200
 
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
-import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
 
-import aiohttp
-import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hearth.serving.gateway.access import Access
 from hearth.serving.gateway.adapters import LOAD_PATH, UNLOAD_PATH, AdapterRoutes
+from hearth.serving.gateway.pages import Pages
 from hearth.serving.gateway.proxy import Proxy, unavailable
 from hearth.serving.gateway.supervisor import Worker
 from hearth.serving.http import (
@@ -28,14 +21,13 @@ from hearth.serving.http import (
     Envelope,
     HttpError,
     handle_http_error,
-    json_response,
     read_json_body,
     send_error,
     to_http_error,
 )
 from hearth.serving.protocol import routing_fields
 from hearth.telemetry import logs
-from hearth.telemetry.metrics import CONTENT_TYPE, GatewayMetrics, merge_expositions
+from hearth.telemetry.metrics import GatewayMetrics
 from hearth.version import __version__
 
 log = logs.get_logger("gateway")
@@ -46,7 +38,6 @@ GENERATION_PATHS = (
     *("/v1/completions", "/v1/chat/completions", "/generate", "/chat"),
     *("/v1/embeddings", "/tokenize", "/detokenize"),
 )
-_WORKER_TIMEOUT = aiohttp.ClientTimeout(total=3.0)
 
 
 class Gateway:
@@ -67,24 +58,24 @@ class Gateway:
         self.draining = False
         self._max_queue = max_queue
         self.max_body_bytes = max_body_bytes
-        self._started = time.time()
         self._by_name: dict[str, Worker] = {}
-        self._in_flight: dict[str, int] = {}  # sequences, by model
+        self.in_flight: dict[str, int] = {}  # sequences, by model
         self._num_open = 0
         routes = [Route(path, _RawRoute(self.answer), methods=["POST"]) for path in GENERATION_PATHS]
         adapters = AdapterRoutes(self, access)
         routes += [
             Route(path, _RawRoute(adapters.answer), methods=["POST"]) for path in (LOAD_PATH, UNLOAD_PATH)
         ]
+        pages = Pages(self)
         routes += [
-            Route("/v1/models", self._openai_models),
-            Route("/v1/models/{name:path}", self._openai_model),
-            Route("/models", self._models),
-            Route("/stats", self._stats),
-            Route("/health", self._health),
-            Route("/livez", self._livez),
-            Route("/readyz", self._readyz),
-            Route("/metrics", self._metrics),
+            Route("/v1/models", pages.openai_models),
+            Route("/v1/models/{name:path}", pages.openai_model),
+            Route("/models", pages.models),
+            Route("/stats", pages.stats),
+            Route("/health", pages.health),
+            Route("/livez", pages.livez),
+            Route("/readyz", pages.readyz),
+            Route("/metrics", pages.metrics),
         ]
         handlers = {HTTPException: handle_http_error, HttpError: handle_http_error}
         inner = Starlette(routes=routes, exception_handlers=handlers)
@@ -99,7 +90,7 @@ class Gateway:
         """Serve ``worker`` under all its names."""
         self.workers.append(worker)
         self.metrics.register_model(worker.spec.name)
-        self._in_flight[worker.spec.name] = 0
+        self.in_flight[worker.spec.name] = 0
         self._by_name.update(dict.fromkeys(worker.spec.names, worker))
 
     def on_change(self, worker: Worker) -> None:
@@ -175,7 +166,7 @@ class Gateway:
             self.metrics.rejected.labels(name, "not_ready").inc()
             raise unavailable(worker)
         limit = int(worker.facts.get("max_num_seqs", 0)) + self._max_queue
-        open_now = self._in_flight[name]
+        open_now = self.in_flight[name]
         if open_now >= limit or (open_now and open_now + num_sequences > limit):
             self.metrics.rejected.labels(name, "overloaded").inc()
             raise HttpError(
@@ -184,17 +175,15 @@ class Gateway:
                 f"{num_sequences}; its limit is {limit}",
                 code="rate_limit_exceeded", retry_after=1,
             )  # fmt: skip
-        self._in_flight[name] += num_sequences
+        self.in_flight[name] += num_sequences
         self._num_open += 1
         self.metrics.in_flight.labels(name).inc()
         try:
             yield
         finally:
-            self._in_flight[name] -= num_sequences
+            self.in_flight[name] -= num_sequences
             self._num_open -= 1
             self.metrics.in_flight.labels(name).dec()
-
-    # ── what there is, and how it is ─────────────────────────────────────────────────────────────────────
 
     @property
     def ready(self) -> bool:
@@ -205,99 +194,6 @@ class Gateway:
     def num_open(self) -> int:
         """Generation requests that are being answered."""
         return self._num_open
-
-    def _openai_entry(self, worker: Worker, name: str) -> dict[str, Any]:
-        entry = {
-            "id": name,
-            "object": "model",
-            "created": int(self._started),
-            "owned_by": "hearth",
-            "root": worker.spec.version,
-            "max_model_len": worker.facts.get("max_model_len"),
-        }
-        adapter = name if name in worker.adapters else name.rpartition(":")[2]
-        if name not in worker.spec.names and adapter in worker.adapters:
-            entry |= {"root": worker.adapters[adapter], "parent": worker.spec.name}
-        return entry
-
-    async def _openai_models(self, _: Request) -> Response:
-        data = [
-            self._openai_entry(worker, name)
-            for worker in self.workers
-            for name in (worker.spec.name, *worker.adapters)
-        ]
-        return json_response({"object": "list", "data": data})
-
-    async def _openai_model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        return json_response(self._openai_entry(self.route(name), name))
-
-    async def _models(self, _: Request) -> Response:
-        models = [
-            {
-                "name": worker.spec.name,
-                "version": worker.spec.version,
-                "aliases": [name for name in worker.spec.names if name != worker.spec.name],
-                "state": worker.state,
-                "max_model_len": worker.facts.get("max_model_len"),
-                "info": worker.facts.get("model_info"),
-            }
-            for worker in self.workers
-        ]
-        return json_response({"models": models})
-
-    async def _ask(self, worker: Worker, path: str) -> bytes | None:
-        """The body of a worker's own page, or None while it cannot answer."""
-        if worker.session is None:
-            return None
-        try:
-            async with worker.session.get(path, timeout=_WORKER_TIMEOUT) as response:
-                return await response.read()
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            return None
-
-    async def _stats(self, _: Request) -> Response:
-        pages = await asyncio.gather(*(self._ask(worker, "/stats") for worker in self.workers))
-        models = {
-            worker.spec.name: {
-                "version": worker.spec.version,
-                "state": worker.state,
-                "problem": worker.problem,
-                "restarts": worker.restarts,
-                "pid": worker.pid,
-                "in_flight": self._in_flight[worker.spec.name],
-                "worker": None if page is None else msgspec.json.decode(page),
-            }
-            for worker, page in zip(self.workers, pages, strict=True)
-        }
-        return json_response(
-            {
-                "version": __version__,
-                "pid": os.getpid(),
-                "uptime_seconds": round(time.time() - self._started, 3),
-                "ready": self.ready,
-                "models": models,
-            }
-        )
-
-    async def _health(self, _: Request) -> Response:
-        models = {
-            worker.spec.name: {"state": worker.state, "problem": worker.problem} for worker in self.workers
-        }
-        num_ready = sum(worker.state == "ready" for worker in self.workers)
-        status = "ok" if self.ready else "draining" if self.draining else "degraded" if num_ready else "down"
-        return json_response({"status": status, "models": models}, 200 if self.ready else 503)
-
-    async def _livez(self, _: Request) -> Response:
-        return json_response({"status": "ok"})
-
-    async def _readyz(self, _: Request) -> Response:
-        return json_response({"ready": self.ready}, 200 if self.ready else 503)
-
-    async def _metrics(self, _: Request) -> Response:
-        pages = await asyncio.gather(*(self._ask(worker, "/metrics") for worker in self.workers))
-        merged = merge_expositions([self.metrics.render(), *(page for page in pages if page)])
-        return Response(merged, headers={"content-type": CONTENT_TYPE})
 
     def _on_done(self, scope: Scope, status: int, seconds: float) -> None:
         state = scope["state"]

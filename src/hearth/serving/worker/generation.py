@@ -13,7 +13,7 @@ import msgspec
 from starlette.types import Send
 
 from hearth.engine import RequestOutput, SamplingParams
-from hearth.errors import EngineError
+from hearth.errors import EngineError, RequestError
 from hearth.serving.answers import Choice, Delta, Usage
 from hearth.serving.http import SSE_DONE, HttpError, event, send_bytes, start_stream, to_http_error
 from hearth.serving.worker.jobs import Job
@@ -61,10 +61,13 @@ class Generation:
 
     async def respond(self, send: Send) -> None:
         """Send the answer. An error before the first byte raises; later it becomes the last event."""
-        if self._job.stream:
-            await self._respond_stream(send)
-        else:
-            await self._respond_whole(send)
+        try:
+            await (self._respond_stream(send) if self._job.stream else self._respond_whole(send))
+        except RequestError as error:
+            if error.param != "guided":
+                raise
+            # The engine's name for it; the client is told its own.
+            raise RequestError(error.message, fix=error.fix, param=self._job.form_field) from None
 
     async def _respond_whole(self, send: Send) -> None:
         choices = [Choice() for _ in range(self._job.num_choices)]
@@ -177,7 +180,7 @@ class Generation:
     def _delta(self, choice: int, output: RequestOutput) -> Delta:
         render = self._tokens.render
         logprobs = tuple(map(render, output.logprobs or ()))
-        of_prompt = tuple(entry and render(entry) for entry in output.prompt_logprobs or ())
+        of_prompt = tuple(None if entry is None else render(entry) for entry in output.prompt_logprobs or ())
         return Delta(choice, output.text, len(output.token_ids), logprobs, output.finish_reason, of_prompt)
 
     def _observe_end(self, reason: str, num_generated: int) -> None:

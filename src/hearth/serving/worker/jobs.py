@@ -17,7 +17,7 @@ from hearth.serving import protocol
 from hearth.serving.answers import Dialect, Heading
 from hearth.serving.chat_answers import AnswerForm, ChatDialect
 from hearth.serving.completion_answers import CompletionDialect
-from hearth.serving.constraints import guided_of
+from hearth.serving.constraints import form_field, guided_of
 from hearth.serving.decoding import invalid, missing
 from hearth.serving.http import HttpError
 from hearth.serving.inputs import as_list, text_inputs
@@ -56,6 +56,7 @@ class Job:
     dialect: Dialect
     stream: bool
     version: str = ""  # what the answer is attributed to, adapter included
+    form_field: str = "guided"  # which field of the request says the answer's form
 
     @property
     def num_choices(self) -> int:
@@ -117,7 +118,7 @@ class JobMaker:
             echo=echo,
             prompt_logprobs=request.prompt_logprobs is not None,
         )
-        return Job(tuple(prompts), params, dialect, bool(request.stream), heading.model)
+        return Job(tuple(prompts), params, dialect, bool(request.stream), heading.model, form_field(request))
 
     async def chat(self, body: bytes) -> Job:
         """``POST /v1/chat/completions``."""
@@ -159,7 +160,9 @@ class JobMaker:
             form=form,
             prompt_logprobs=request.prompt_logprobs is not None,
         )
-        return Job((prompt,), params, dialect, bool(request.stream), heading.model)
+        enforced = use is not None and use.mode != "auto"
+        field_name = "tools" if enforced else form_field(request)
+        return Job((prompt,), params, dialect, bool(request.stream), heading.model, field_name)
 
     def _form(self, use: ToolUse | None, guided: Guided | None, prompt: list[int]) -> AnswerForm | None:
         """How the answer is read; None where its text is the content."""
@@ -193,7 +196,8 @@ class JobMaker:
             request, [prompt], "prompt", request.max_tokens, default=256, guided=guided_of(request)
         )
         heading = self._heading("gen", params)
-        return Job((prompt,), params, PlainDialect(heading), bool(request.stream), heading.model)
+        dialect, field_name = PlainDialect(heading), form_field(request)
+        return Job((prompt,), params, dialect, bool(request.stream), heading.model, field_name)
 
     async def plain_chat(self, body: bytes) -> Job:
         """``POST /chat``."""
@@ -214,7 +218,8 @@ class JobMaker:
             request, [prompt], "messages", request.max_tokens, default=None, guided=guided_of(request)
         )
         heading = self._heading("chat", params)
-        return Job((prompt,), params, PlainDialect(heading), bool(request.stream), heading.model)
+        dialect, field_name = PlainDialect(heading), form_field(request)
+        return Job((prompt,), params, dialect, bool(request.stream), heading.model, field_name)
 
     def _heading(self, prefix: str, params: SamplingParams) -> Heading:
         version = self._model.version + (f":{params.adapter}" if params.adapter else "")
