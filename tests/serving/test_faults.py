@@ -7,6 +7,8 @@ import os
 import signal
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,6 +74,32 @@ def is_gone(process: psutil.Process) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def watched(server: ServerProcess) -> Iterator[dict[str, list[int]]]:
+    """The statuses of /readyz and /health while the block runs, each once for as long as it lasted."""
+    seen: dict[str, list[int]] = {"/readyz": [], "/health": []}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            for path, statuses in seen.items():
+                try:
+                    with urllib.request.urlopen(server.base_url + path, timeout=30) as page:
+                        status = page.status
+                except urllib.error.HTTPError as error:
+                    status = error.code
+                if statuses[-1:] != [status]:
+                    statuses.append(status)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        watcher.join()
+
+
 def busy_stream(client: OpenAI) -> Iterator[str]:
     """A stream that lasts: greedy, as long as the context."""
     chunks = client.completions.create(
@@ -124,11 +152,14 @@ def test_a_stopped_process_is_noticed_and_replaced(
         worker, engine = server.pids[MODEL], engine_pid(server)
         assert worker is not None
         victims = [psutil.Process(worker), psutil.Process(engine)]
-        os.kill(worker if which == "worker" else engine, signal.SIGSTOP)
-        with pytest.raises(openai.InternalServerError) as caught:
-            answers(client)
-        assert caught.value.status_code == 503
-        recovers(server, client, expected)
+        with watched(server) as seen:
+            until(lambda: seen["/readyz"] == seen["/health"] == [200])
+            os.kill(worker if which == "worker" else engine, signal.SIGSTOP)
+            with pytest.raises(openai.InternalServerError) as caught:
+                answers(client)
+            assert caught.value.status_code == 503
+            recovers(server, client, expected)
+            until(lambda: seen["/readyz"] == seen["/health"] == [200, 503, 200])
         until(lambda: all(is_gone(victim) for victim in victims))
 
 
@@ -147,7 +178,8 @@ def test_nothing_outlives_a_killed_gateway(tiny_base: Path, stopped: bool) -> No
 
 
 @pytest.mark.slow
-def test_an_interrupt_lets_open_requests_finish(tiny_base: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_lets_open_requests_finish(tiny_base: Path, number: int) -> None:
     with (
         ServerProcess.start([tiny_base], options=OPTIONS, timeout=120) as server,
         client_of(server) as client,
@@ -157,7 +189,7 @@ def test_an_interrupt_lets_open_requests_finish(tiny_base: Path) -> None:
         family = [psutil.Process(worker), psutil.Process(engine_pid(server))]
         stream = busy_stream(client)
         pieces = [next(stream)]
-        server.signal(signal.SIGINT)
+        server.signal(number)
         time.sleep(0.3)
         with pytest.raises(openai.APIConnectionError), client_of(server) as late:
             answers(late)

@@ -135,9 +135,7 @@ def test_a_function_can_be_named(client: OpenAI) -> None:
 
 
 def test_a_call_that_is_cut_off_is_not_lost(client: OpenAI) -> None:
-    answer = chat(
-        client, tools=TOOLS, max_tokens=72, extra_body={"guided_regex": SAYS_AND_CALLS}
-    ).choices[0]
+    answer = chat(client, tools=TOOLS, max_tokens=72, extra_body={"guided_regex": SAYS_AND_CALLS}).choices[0]
     assert answer.finish_reason == "length"
     (call,) = answer.message.tool_calls
     assert call.function.arguments == '{"a"'

@@ -8,6 +8,7 @@ import base64
 import sys
 from typing import Any, Protocol
 
+from hearth.engine.outputs import Embedding
 from hearth.serving.decoding import decode, invalid
 from hearth.serving.inputs import text_inputs
 from hearth.serving.protocol import EmbeddingRequest
@@ -18,9 +19,9 @@ MAX_INPUTS = 2048  # as OpenAI's
 
 
 class EmbeddingEngine(Protocol):
-    """What is used of AsyncEngine: ``embed`` returns ``vector`` and ``num_prompt_tokens``."""
+    """What is used of AsyncEngine."""
 
-    async def embed(self, prompt: list[int]) -> Any: ...
+    async def embed(self, prompt: list[int]) -> Embedding: ...
 
 
 class Embedder:
@@ -53,7 +54,7 @@ class Embedder:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._engine.embed(prompt)) for prompt in prompts]
         results = [task.result() for task in tasks]
-        size = len(results[0].vector)
+        size = len(results[0].embedding)
         if request.dimensions not in (None, size):
             raise invalid(
                 f"dimensions {request.dimensions} is not supported: this model's embeddings have {size}",
@@ -61,7 +62,7 @@ class Embedder:
             )  # fmt: skip
         encode = _base64 if request.encoding_format == "base64" else list
         data = [
-            {"object": "embedding", "index": index, "embedding": encode(result.vector)}
+            {"object": "embedding", "index": index, "embedding": encode(result.embedding)}
             for index, result in enumerate(results)
         ]
         count = sum(result.num_prompt_tokens for result in results)

@@ -161,7 +161,8 @@ class Generation:
                             num_prompt_tokens=len(job.prompts[index]),
                             num_cached_tokens=output.num_cached_tokens,
                         )
-                    self._counts.generated += num_tokens
+                    # Sequences that best_of dropped were computed too, and are counted as OpenAI does.
+                    self._counts.generated += num_tokens + output.num_discarded_tokens
                     generated[output.index] += num_tokens
                     previous = last.get(output.index)
                     self._metrics.observe_tokens(num_tokens, None if previous is None else now - previous)
