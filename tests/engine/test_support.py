@@ -20,6 +20,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "ALiBi",
     ),
+    "moshi": (
+        {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64,
+            "ffn_dim": 64, "sliding_window": 8,
+        },
+        "other tokens with a cache than without",
+    ),
+    "diffllama": (
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64},
+        "called several times",
+    ),
+    "bert": (
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64},
+        "BertLMHeadModel: its attention is not causal",
+    ),
     "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}, "linear_attention"),
     "gptj": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "vocab_size": 64}, "interface"),
     "qwen3_next": (
@@ -58,6 +73,21 @@ def test_a_state_outside_the_cache_is_noticed(family_model: Any) -> None:
     model.model.layers[1].mlp.register_forward_hook(mix)
     with pytest.raises(UnsupportedModelError, match="differ from its own"):
         Engine.from_model(model)
+
+
+def test_a_linear_whose_weight_is_read_stays_as_it_is(
+    family_model: Any, prompts: list[list[int]], transformers_tokens: Any
+) -> None:
+    """Packed, its weight is no more than a shape; the other linears are packed."""
+    model: PreTrainedModel = family_model("longcat_flash")
+    expected = transformers_tokens(model, prompts, 8)
+    with Engine.from_model(model) as engine:
+        completions = engine.generate(prompts, SamplingParams(max_tokens=8, temperature=0))
+        kinds = {type(module).__name__ for module in engine.runner.model.modules()}
+        routers = [m for name, m in model.named_modules() if name.endswith("router.classifier")]
+    assert "PackedLinear" in kinds
+    assert [type(module) for module in routers] == [torch.nn.Linear] * 2
+    assert [c.token_ids for c in completions] == expected
 
 
 LONGROPE = {
