@@ -12,15 +12,17 @@ if TYPE_CHECKING:
     from hearth.engine.client import AsyncEngine
     from hearth.engine.config import EngineConfig
     from hearth.engine.llm import Engine
-    from hearth.engine.outputs import Completion, EngineStats, RequestOutput, TokenLogprob
-    from hearth.engine.params import SamplingParams
+    from hearth.engine.outputs import Completion, Embedding, EngineStats, RequestOutput, TokenLogprob
+    from hearth.engine.params import Guided, SamplingParams
 
 _HOMES = {
     "AsyncEngine": "hearth.engine.client",
     "Completion": "hearth.engine.outputs",
+    "Embedding": "hearth.engine.outputs",
     "Engine": "hearth.engine.llm",
     "EngineConfig": "hearth.engine.config",
     "EngineStats": "hearth.engine.outputs",
+    "Guided": "hearth.engine.params",
     "RequestOutput": "hearth.engine.outputs",
     "SamplingParams": "hearth.engine.params",
     "TokenLogprob": "hearth.engine.outputs",
@@ -29,9 +31,11 @@ _HOMES = {
 __all__ = [
     "AsyncEngine",
     "Completion",
+    "Embedding",
     "Engine",
     "EngineConfig",
     "EngineStats",
+    "Guided",
     "RequestOutput",
     "SamplingParams",
     "TokenLogprob",

@@ -123,14 +123,14 @@ def sample(logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
     adjusted = [i for i, state in enumerate(states) if state.adjusts]
     report = _Report(logits_RV, states, keep=bool(adjusted))
     # Soundness costs no pass of its own: NaN and infinity win the argmax. Masked tokens may be -inf.
-    chosen_R = torch.argmax(logits_RV, dim=-1)
+    chosen_R = _argmax(logits_RV)
     top_R = logits_RV.gather(1, chosen_R[:, None])[:, 0]
     sound_R = torch.isfinite(top_R)
     for i in adjusted:
         states[i].adjust(logits_RV[i])
     if adjusted:
         part_RV = logits_RV[adjusted]
-        chosen_R[adjusted] = torch.argmax(part_RV, dim=-1)
+        chosen_R[adjusted] = _argmax(part_RV)
         top_R[adjusted] = part_RV.gather(1, chosen_R[adjusted, None])[:, 0]
     rows = [i for i, state in enumerate(states) if not state.params.greedy]
     if rows:
@@ -142,6 +142,13 @@ def sample(logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> Sampled:
         )
     chosen, sound = torch.stack((chosen_R, sound_R.long())).tolist()
     return Sampled(chosen, report.logprobs(chosen_R, chosen), [bool(each) for each in sound])
+
+
+def _argmax(logits_RV: torch.Tensor) -> torch.Tensor:
+    """The first largest of each row, or its first NaN."""
+    if logits_RV.device.type == "cpu":
+        return torch.from_numpy(logits_RV.numpy().argmax(axis=1))  # 4 ms for 64 x 150,000, torch's 23
+    return torch.argmax(logits_RV, dim=-1)
 
 
 class _Report:
