@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from hearth.engine.config import EngineConfig
 from hearth.engine.params import SamplingParams
 from hearth.engine.plan import Plan, PlanRow
 from hearth.engine.pool import BlockPool
@@ -287,6 +288,104 @@ def test_preemption_takes_the_youngest_and_it_comes_back() -> None:
     assert seen_preempted
     assert old.num_output_tokens == young.num_output_tokens == 8
     assert scheduler.num_preemptions == young.num_preemptions > 0
+
+
+def test_a_prompt_that_is_wholly_cached_still_computes_a_token() -> None:
+    """nano-vllm's trap: with every block found there was no query token left, and nothing to sample from."""
+    scheduler = make_scheduler(block_size=4)
+    prompt = list(range(8))
+    scheduler.add(make_request("a", prompt, 1))
+    sample(scheduler, scheduler.schedule(), lambda _: 9)
+    again = make_request("b", prompt, 1)
+    scheduler.add(again)
+    row = scheduler.schedule().rows[0]
+    assert (row.start, row.num_tokens, row.samples, row.num_logits) == (4, 4, True, 1)
+    assert again.num_cached == 4
+
+
+def test_a_sequence_that_comes_back_computes_prompt_and_output_at_once() -> None:
+    """nano-vllm's trap: a preempted sequence came back as a decode of one token, without its blocks."""
+    scheduler = Scheduler(BlockPool(16, 4, prefix_cache=False), max_num_seqs=8, max_num_batched_tokens=64)
+    request = make_request("a", list(range(6)), 9)
+    scheduler.add(request)
+    for token in (20, 21, 22):
+        sample(scheduler, scheduler.schedule(), lambda _, token=token: token)  # type: ignore[misc]
+    scheduler.preempt(request)
+    row = scheduler.schedule().rows[0]
+    assert row.start == 0
+    assert row.token_ids == (0, 1, 2, 3, 4, 5, 20, 21, 22)
+    assert (row.num_logits, row.samples, len(row.block_ids)) == (1, True, 3)
+
+
+def test_sequences_of_one_request_share_the_blocks_of_the_prompt_in_one_step() -> None:
+    scheduler = make_scheduler(num_blocks=40, budget=100)
+    prompt = list(range(18))
+    for index in range(4):
+        scheduler.add(Request("r", index, prompt, SamplingParams(n=4), 4))
+    rows = scheduler.schedule().rows
+    assert [row.start for row in rows] == [0, 16, 16, 16]
+    assert len({row.block_ids[:4] for row in rows}) == 1
+    assert len({row.block_ids[4] for row in rows}) == 4
+    assert scheduler.pool.num_used == 8
+    sample(scheduler, Plan(rows), lambda request: request.index)
+    plan = scheduler.schedule()
+    check_plan(scheduler, plan)
+    assert [row.token_ids for row in plan.rows] == [(0,), (1,), (2,), (3,)]
+
+
+def test_requests_of_one_step_share_a_prefix_but_not_across_salts() -> None:
+    scheduler = make_scheduler(num_blocks=40, budget=100)
+    prefix = list(range(12))
+    for name, salt in (("a", None), ("b", None), ("c", "tenant"), ("d", "tenant")):
+        params = SamplingParams(cache_salt=salt)
+        scheduler.add(Request(name, 0, [*prefix, ord(name)], params, 4))
+    rows = scheduler.schedule().rows
+    assert [row.start for row in rows] == [0, 12, 0, 12]
+    assert not set(rows[0].block_ids) & set(rows[2].block_ids)
+
+
+def test_many_sequences_of_a_request_run_through_a_pool_for_two() -> None:
+    scheduler = make_scheduler(num_blocks=10, seqs=64, budget=64)
+    for index in range(40):
+        scheduler.add(Request("r", index, list(range(9)), SamplingParams(n=40), 8))
+    done: list[Request] = []
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        check_plan(scheduler, plan)
+        done += sample(scheduler, plan, lambda request: request.index)
+    assert len(done) == 40
+    assert all(request.output_token_ids == [request.index] * 8 for request in done)
+
+
+def test_a_plan_does_not_change_when_its_sequences_go_on() -> None:
+    scheduler = make_scheduler(block_size=2)
+    scheduler.add(make_request("a", [1, 2, 3], 8))
+    plans, copies = [], []
+    while scheduler.has_work:
+        plans.append(scheduler.schedule())
+        copies.append([(row.block_ids, row.token_ids, row.start) for row in plans[-1].rows])
+        sample(scheduler, plans[-1], lambda _: 7)
+    assert [[(row.block_ids, row.token_ids, row.start) for row in plan.rows] for plan in plans] == copies
+
+
+@pytest.mark.parametrize("mean_length", [500, 1400])
+def test_less_than_4_percent_of_the_used_memory_is_wasted(mean_length: int) -> None:
+    """Blocks of 32 tokens leave 16 of a sequence empty on average, 3 % of 500 tokens. Prompts and answers as
+    long as those of conversations (in a public trace of one service: 1,155 and 211 tokens on average)."""
+    rng = random.Random(0)
+    pool = BlockPool(4000, EngineConfig().block_size)
+    scheduler = Scheduler(pool, max_num_seqs=64, max_num_batched_tokens=2048)
+    samples = []
+    for i in range(150):
+        max_new = rng.randint(1, mean_length // 3)
+        length = rng.randint(mean_length // 3, mean_length * 4 // 3)
+        scheduler.add(make_request(str(i), [rng.randrange(1000) for _ in range(length)], max_new))
+    while scheduler.has_work:
+        sample(scheduler, scheduler.schedule(), lambda _: 7)
+        if len(scheduler.running) > 8:
+            samples.append(pool.waste(scheduler.running))
+    assert len(samples) > 50
+    assert 0.0 < sum(samples) / len(samples) < 0.04
 
 
 def test_a_failed_step_leaves_no_findable_block_behind() -> None:
