@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ class AsyncEngine:
         self._connection = connection
         self._loop = asyncio.get_running_loop()
         self._queues: dict[str, asyncio.Queue[RequestOutput | HearthError]] = {}
-        self._tickets: dict[int, asyncio.Future[EngineStats]] = {}
+        self._tickets: dict[int, asyncio.Future[Any]] = {}  # of stats, and of changes to the adapters
+        self._adapters: list[str] = []
         self._ticket_numbers = itertools.count()
         self._request_numbers = itertools.count()
         self._ready: asyncio.Future[wire.Ready] = self._loop.create_future()
@@ -136,9 +137,10 @@ class AsyncEngine:
                 if request_id in self._queues:
                     self._queues[request_id].put_nowait(error.error())
             case wire.StatsReply(ticket, stats):
-                future = self._tickets.pop(ticket, None)
-                if future is not None and not future.done():
-                    future.set_result(stats)
+                self._answer(ticket, stats)
+            case wire.AdaptersReply(ticket, names, failure):
+                self._adapters = names
+                self._answer(ticket, None if failure is None else failure.error())
             case wire.Ready():
                 self._ready.set_result(event)
             case wire.LoadFailed(error):
@@ -286,14 +288,41 @@ class AsyncEngine:
 
     async def stats(self) -> EngineStats:
         """What the engine is doing; answered between two steps."""
+        stats: EngineStats = await self._ask(wire.AskStats)
+        return stats
+
+    async def _ask(self, command: Callable[..., wire.Command], *arguments: str) -> Any:
+        """Send a command with a ticket, and wait for the answer to it."""
         ticket = next(self._ticket_numbers)
-        future: asyncio.Future[EngineStats] = self._loop.create_future()
+        future: asyncio.Future[Any] = self._loop.create_future()
         self._tickets[ticket] = future
         try:
-            self._send(wire.AskStats(ticket))
+            self._send(command(ticket, *arguments))
             return await future
         finally:
             self._tickets.pop(ticket, None)
+
+    def _answer(self, ticket: int, answer: Any) -> None:
+        future = self._tickets.pop(ticket, None)
+        if future is None or future.done():
+            return
+        if isinstance(answer, HearthError):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
+
+    # -- adapters ----------------------------------------------------------------------------------------
+    def adapters(self) -> list[str]:
+        """The names of the loaded LoRA adapters."""
+        return list(self._adapters)
+
+    async def load_adapter(self, name: str, path: str | Path) -> None:
+        """Load an adapter between two steps, see `Engine.load_adapter`; raises what that raises."""
+        await self._ask(wire.LoadAdapter, name, str(Path(path).absolute()))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; running requests keep it. Raises `RequestError` if there is none."""
+        await self._ask(wire.UnloadAdapter, name)
 
     # -- leaving -----------------------------------------------------------------------------------------
     async def close(self, drain: bool = False) -> None:

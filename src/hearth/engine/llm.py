@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from hearth.engine.adapters import AdapterSet
 from hearth.engine.assembly import assemble, make_scheduler
 from hearth.engine.batch import Prompt, embedding_of, extend_completion, params_for, start_completion
 from hearth.engine.best_of import BestOf
@@ -33,7 +34,7 @@ from hearth.engine.prompt_logprobs import max_positions, score_prompts
 from hearth.engine.request import Request
 from hearth.engine.sampler import SamplingState
 from hearth.engine.sequences import Sequence
-from hearth.errors import EngineError, RequestError
+from hearth.errors import ConfigError, EngineError, RequestError
 from hearth.models import encode_text
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,11 @@ class Engine:
         started = time.perf_counter()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        if config.tensor_parallel > 1 and loaded.leader is None:
+            raise ConfigError(
+                f"tensor_parallel is {config.tensor_parallel}, but the model is in memory as a whole",
+                fix="use Engine.load, whose processes each read their part of the files",
+            )
         model = loaded.model.eval()
         self.config, self.tokenizer, self.path = config, loaded.tokenizer, loaded.path
         self.vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
@@ -62,17 +68,21 @@ class Engine:
         self._decode: Decode | None = None if loaded.tokenizer is None else decoder_of(loaded.tokenizer)
         draft = open_draft_model(loaded, config)
         self.runner, num_blocks, self.max_model_len = assemble(
-            model, config, shared_token_bytes=bytes_per_token(draft, config)
+            model, config, shared_token_bytes=bytes_per_token(draft, config), group=loaded.group
         )
         # A draft model shares the blocks, and its windows may be others.
         self.scheduler = make_scheduler(self.runner, num_blocks, config, allow_window=draft is None)
         self.pool = self.scheduler.pool
+        self.leader = self.runner.leader = loaded.leader
+        if self.leader is not None:
+            self.leader.begin(0 if self.pool.host is None else self.pool.host.num_slots)
         self.speculator = make_speculator(
             draft, config, self.scheduler, self.max_model_len, self._count_valid_drafts
         )
         self.scheduler.max_num_scores = max_positions(self.vocab_size)
         self._sequences: dict[tuple[str, int], Sequence | EmbeddingSequence] = {}
         self._selections: dict[str, BestOf] = {}
+        self.adapters = AdapterSet(model, config.max_adapters)
         self._seeds = np.random.Generator(np.random.Philox(config.seed))
         self._request_ids = (f"request-{i}" for i in itertools.count())
         self._finished: Counter[str] = Counter()
@@ -87,7 +97,13 @@ class Engine:
         config = EngineConfig.of(**fields) if config is None else config.with_(**fields)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        engine = cls(load(reference, config), config)
+        loaded = load(reference, config)
+        try:
+            engine = cls(loaded, config)
+        except BaseException:
+            if loaded.leader is not None:
+                loaded.leader.close()
+            raise
         engine.load_seconds = time.perf_counter() - started
         return engine
 
@@ -113,6 +129,7 @@ class Engine:
         self._check_id(request_id)
         check_prompt(prompt, self.max_model_len, self.vocab_size)
         self._check_params(params)
+        adapter_hash = b"" if params.adapter is None else self.adapters.get(params.adapter).digest
         self.prepare(params)
         room = self.max_model_len - len(prompt)
         max_new_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -126,7 +143,7 @@ class Engine:
             grammar = None
             if params.guided is not None:
                 grammar = self.grammars.start(params.guided, params.stop_token_ids)
-            request = Request(request_id, index, prompt, params, max_new_tokens)
+            request = Request(request_id, index, prompt, params, max_new_tokens, adapter_hash=adapter_hash)
             request.skip_prefix = request.wants_scores
             self._sequences[request.key] = Sequence(
                 request,
@@ -180,6 +197,29 @@ class Engine:
         if params.guided is not None:
             self.grammars.compile(params.guided)
 
+    # -- adapters ----------------------------------------------------------------------------------------
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Load a LoRA adapter in PEFT's format under ``name``, or replace the one of that name.
+
+        Requests that run keep what they began with. Raises `ModelError` if it does not fit the model,
+        `RequestError` if there are too many, `ConfigError` with tensor parallelism.
+        """
+        if self.config.tensor_parallel > 1:
+            raise ConfigError(
+                "adapters and tensor_parallel do not go together", fix="merge the adapter into the model"
+            )
+        self.adapters.load(name, path)
+        self.runner.adapters = self.adapters
+        self._collect_adapters()
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; its weights go with the last request that uses it. Raises `RequestError`."""
+        self.adapters.unload(name)
+        self._collect_adapters()
+
+    def _collect_adapters(self) -> None:
+        self.adapters.collect(request.adapter_hash for request in self.scheduler.requests)
+
     def abort(self, request_id: str) -> list[RequestOutput]:
         """End a request and free its blocks; unknown ids are ignored. Returns the final outputs."""
         keys = [key for key in self._sequences if key[0] == request_id]
@@ -195,6 +235,8 @@ class Engine:
         An exception inside the model or the sampler ends the requests of the plan with finish_reason
         "error", and the engine goes on. So it does after a KeyboardInterrupt, which is passed on.
         """
+        if self.leader is not None:
+            self.leader.check()
         if self.speculator is not None:
             self.speculator.propose()
         plan = self.scheduler.schedule()
@@ -269,6 +311,8 @@ class Engine:
             self.scheduler.finish(request, reason)
         sequence.reason = reason
         self._finished[reason] += 1
+        if request.adapter_hash:
+            self._collect_adapters()
         del self._sequences[request.key]
         return sequence.flush_output()
 
@@ -432,6 +476,8 @@ class Engine:
         self._closed = True
         for request_id in {key[0] for key in self._sequences}:
             self.abort(request_id)
+        if self.leader is not None:
+            self.leader.close()
         del self.runner, self.speculator
 
     def __enter__(self) -> Engine:

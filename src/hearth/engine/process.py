@@ -136,6 +136,18 @@ class EngineLoop:
         except Exception as error:  # noqa: BLE001 - one bad request must not end the others
             self.send(wire.Refused(command.request_id, wire.WireError.of(error)))
 
+    def _change_adapters(self, ticket: int, command: wire.LoadAdapter | wire.UnloadAdapter) -> None:
+        error = None
+        try:
+            match command:
+                case wire.LoadAdapter(_, name, path):
+                    self.engine.load_adapter(name, path)
+                case wire.UnloadAdapter(_, name):
+                    self.engine.unload_adapter(name)
+        except Exception as failure:  # noqa: BLE001 - a bad adapter must not end the requests
+            error = wire.WireError.of(failure)
+        self.send(wire.AdaptersReply(ticket, self.engine.adapters.names, error))
+
     def _abort(self, request_id: str) -> list[RequestOutput]:
         command = self.preparing.pop(request_id, None)
         if command is None:
@@ -160,6 +172,8 @@ class EngineLoop:
                 outputs = self._abort(request_id)
                 if outputs:
                     self.send(wire.Outputs(outputs))
+            case wire.LoadAdapter(ticket) | wire.UnloadAdapter(ticket):
+                self._change_adapters(ticket, command)
             case wire.AskStats(ticket):
                 self.send(wire.StatsReply(ticket, self.engine.stats()))
             case wire.Shutdown(drain):

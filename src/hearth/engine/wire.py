@@ -32,6 +32,17 @@ class AddEmbedding(msgspec.Struct, tag="embed"):
     normalize: bool
 
 
+class LoadAdapter(msgspec.Struct, tag="load-adapter"):
+    ticket: int
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, tag="unload-adapter"):
+    ticket: int
+    name: str
+
+
 class AbortRequest(msgspec.Struct, tag="abort"):
     request_id: str
 
@@ -94,12 +105,20 @@ class StatsReply(msgspec.Struct, tag="stats"):
     stats: EngineStats
 
 
+class AdaptersReply(msgspec.Struct, tag="adapters"):
+    """The answer to `LoadAdapter` and `UnloadAdapter`: all loaded names, or why it was not done."""
+
+    ticket: int
+    names: list[str]
+    error: WireError | None = None
+
+
 class Closed(msgspec.Struct, tag="closed"):
     """The engine has drained and leaves on purpose."""
 
 
-Command = AddRequest | AddEmbedding | AbortRequest | AskStats | Shutdown
-Event = Ready | LoadFailed | Outputs | Refused | Heartbeat | StatsReply | Closed
+Command = AddRequest | AddEmbedding | AbortRequest | LoadAdapter | UnloadAdapter | AskStats | Shutdown
+Event = Ready | LoadFailed | Outputs | Refused | Heartbeat | StatsReply | AdaptersReply | Closed
 
 _encoder = msgspec.msgpack.Encoder()
 _command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
