@@ -9,7 +9,6 @@ import ctypes
 import functools
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from hearth.engine.attention.step import StepContext

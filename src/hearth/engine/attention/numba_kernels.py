@@ -1,8 +1,8 @@
 """Paged attention for the CPU in numba: reads every key and value once per KV head, and gathers nothing.
 
-Layout of the pool: [block, kv_head, token, dim], float32, or bfloat16 seen as uint16. A bfloat16 is the
-upper half of a float32, so widening is a 16-bit shift. The softmax is computed online, block by block
-(Milakov and Gimelshein, arXiv 1805.02867), with the query heads of one KV head as rows of one tile.
+Layout of the pool: [block, kv_head, token, dim], float32, bfloat16 seen as uint16, or int8 with scales. A
+bfloat16 is the upper half of a float32, so widening is a 16-bit shift. The softmax is computed online, block by
+block (Milakov and Gimelshein, arXiv 1805.02867), with the query heads of one KV head as rows of one tile.
 
 Kernels are made per head size and per feature, so that loops have constant bounds and unused features cost
 nothing; numba keeps the compiled code on disk (see `_cache`).
@@ -71,12 +71,17 @@ def _choose_widen(x: Any) -> Any:
     def same(x: Any) -> Any:
         return x
 
+    def number(x: Any) -> Any:
+        return np.float32(x)
+
+    if x == numba.types.int8:
+        return number
     return _widen_bf16.py_func if x == numba.types.uint16 else same
 
 
 @functools.cache
 def make_kernel(
-    dim: int, value_dim: int, group: int, block: int, *, softcap: bool, sinks: bool
+    dim: int, value_dim: int, group: int, block: int, *, softcap: bool, sinks: bool, quantised: bool
 ) -> Callable[..., None]:
     """Compile the kernel for these constants.
 
@@ -92,6 +97,8 @@ def make_kernel(
         query: Any,  # [T, H, D]
         key_pool: Any,  # [blocks, K, S, D]
         value_pool: Any,  # [blocks, K, S, E]
+        key_scales: Any,  # float32 [blocks, K, S] of an int8 pool, or [0, 0, 0]
+        value_scales: Any,
         out: Any,  # float32 [T, H, E]
         tables: Any,  # int32 [N, B]
         items: Any,  # int32 [num_items, 3]: sequence, query token, positions it may see, itself included
@@ -136,6 +143,8 @@ def make_kernel(
                         s = np.float32(0.0)
                         for d in range(D):
                             s += q[g, d] * wide[d]
+                        if quantised:
+                            s *= key_scales[page, h, j]
                         scores[g, j] = s
                 for g in range(G):
                     best = top[g]
@@ -158,6 +167,8 @@ def make_kernel(
                         wide[e] = _widen(value_pool[page, h, j, e])
                     for g in range(G):
                         p = scores[g, j]
+                        if quantised:
+                            p *= value_scales[page, h, j]
                         for e in range(E):
                             acc[g, e] += p * wide[e]
             for g in range(G):
@@ -189,6 +200,37 @@ def write_slots(key: Any, value: Any, key_pool: Any, value_pool: Any, slots: Any
                 key_pool[page, h, j, d] = key[t, h, d]
             for d in range(value.shape[2]):
                 value_pool[page, h, j, d] = value[t, h, d]
+
+
+@numba.njit(nogil=True, cache=True)
+def write_slots_int8(
+    key: Any, value: Any, key_pool: Any, value_pool: Any, key_scales: Any, value_scales: Any, slots: Any
+) -> None:
+    """`write_slots` to an int8 pool with scales [blocks, K, S]."""
+    block = key_pool.shape[2]
+    for t in range(key.shape[0]):
+        page = slots[t] // block
+        j = slots[t] - page * block
+        for h in range(key.shape[1]):
+            key_scales[page, h, j] = _quantise(key[t, h], key_pool[page, h, j])
+            value_scales[page, h, j] = _quantise(value[t, h], value_pool[page, h, j])
+
+
+@numba.njit
+def _quantise(x: Any, out: Any) -> Any:
+    """Symmetric, |q| <= 127; returns the scale. A row with NaN or infinity gets a scale that is no number."""
+    most = np.float32(0.0)
+    sound = True
+    for d in range(x.shape[0]):
+        v = np.abs(_widen(x[d]))
+        sound = sound and np.isfinite(v)
+        most = max(most, v)
+    inverse = np.float32(0.0)
+    if sound and most > 0:
+        inverse = np.float32(127.0) / most
+    for d in range(x.shape[0]):
+        out[d] = np.int8(np.rint(_widen(x[d]) * inverse)) if sound else np.int8(0)
+    return most / np.float32(127.0) if sound else np.float32(np.nan)
 
 
 @numba.njit(inline="always")

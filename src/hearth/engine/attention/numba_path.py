@@ -44,6 +44,10 @@ class NumbaLayer:
     def __init__(self, spec: LayerSpec, pool: Pool, block_size: int) -> None:
         self.spec, self.pool = spec, pool
         self.keys_np, self.values_np = view(pool.keys), view(pool.values)
+        none = np.zeros((0, 0, 0), np.float32)
+        self.key_scales_np = none if pool.key_scales is None else pool.key_scales.numpy()
+        self.value_scales_np = none if pool.value_scales is None else pool.value_scales.numpy()
+        self.quantised = pool.key_scales is not None
         self.scale = np.float32(spec.scale)
         self.cap = np.float32(spec.softcap)
         self.sinks: np.ndarray = np.zeros(0, np.float32)
@@ -54,6 +58,7 @@ class NumbaLayer:
             block_size,
             softcap=bool(spec.softcap),
             sinks=spec.sinks,
+            quantised=self.quantised,
         )
 
     def __call__(
@@ -65,7 +70,14 @@ class NumbaLayer:
         sinks_H: torch.Tensor | None,
     ) -> torch.Tensor:
         """Store the step's keys and values, then attend; returns [T, H, E]."""
-        numba_kernels.write_slots(view(key_TKD), view(value_TKE), self.keys_np, self.values_np, step.slots_np)
+        key, value = view(key_TKD), view(value_TKE)
+        if self.quantised:
+            numba_kernels.write_slots_int8(
+                key, value, self.keys_np, self.values_np, self.key_scales_np, self.value_scales_np,
+                step.slots_np,
+            )  # fmt: skip
+        else:
+            numba_kernels.write_slots(key, value, self.keys_np, self.values_np, step.slots_np)
         out_THE = torch.empty(query_THD.shape[0], self.spec.num_heads, self.spec.value_dim)
         num_kv_heads = self.spec.num_kv_heads
         work: _Work = step.cached(("work", num_kv_heads), lambda: _Work(step, num_kv_heads))
@@ -75,15 +87,14 @@ class NumbaLayer:
             self._decode(work, step, view(query_THD), out_THE.numpy())
         for sequence in work.long:
             span = slice(step.firsts[sequence], step.firsts[sequence] + step.counts[sequence])
-            out_THE[span] = torch_path.prefill(
-                step, self.spec, self.pool, query_THD[span], sequence, sinks_H
-            )
+            out_THE[span] = torch_path.prefill(step, self.spec, self.pool, query_THD[span], sequence, sinks_H)
         return out_THE.to(query_THD.dtype)
 
     def _decode(self, work: _Work, step: StepContext, query: np.ndarray, out: np.ndarray) -> None:
         def run(begin: int, end: int) -> None:
             self.kernel(
-                query, self.keys_np, self.values_np, out, step.tables_np, work.items, begin, end,
+                query, self.keys_np, self.values_np, self.key_scales_np, self.value_scales_np,
+                out, step.tables_np, work.items, begin, end,
                 self.scale, self.cap, self.spec.window, self.sinks,
             )  # fmt: skip
 
@@ -94,14 +105,14 @@ class _Work:
     """How a step's query tokens are divided: long chunks to torch, the rest in equal parts to threads."""
 
     def __init__(self, step: StepContext, num_kv_heads: int) -> None:
-        self.long = [i for i, count in enumerate(step.counts) if count >= LONG_CHUNK]
-        items = [
-            (i, first + offset, start + offset + 1)
-            for i, (first, start, count) in enumerate(zip(step.firsts, step.starts, step.counts, strict=True))
-            if count < LONG_CHUNK
-            for offset in range(count)
-        ]
-        self.items = np.array(items, np.int32).reshape(-1, 3)
+        counts = step.counts_np
+        self.long = np.flatnonzero(counts >= LONG_CHUNK).tolist()
+        short = np.flatnonzero(counts < LONG_CHUNK)
+        sequence = np.repeat(short, counts[short])
+        begins = np.cumsum(counts[short]) - counts[short]
+        offset = np.arange(len(sequence)) - np.repeat(begins, counts[short])
+        items = (sequence, step.firsts_np[sequence] + offset, step.starts_np[sequence] + offset + 1)
+        self.items = np.stack(items, axis=1).astype(np.int32)
         self.parts = split(np.repeat(self.items[:, 2], num_kv_heads), torch.get_num_threads())
 
 

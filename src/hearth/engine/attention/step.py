@@ -54,7 +54,9 @@ class StepContext:
         self.block_ids = [row.block_ids for row in rows]
         self._fill_tables(self.block_ids)
         sequence_T = np.repeat(np.arange(len(rows)), self.counts_np)
-        self.positions_np = np.arange(ends[-1], dtype=np.int64) + (self.starts_np - self.firsts_np)[sequence_T]
+        self.positions_np = (
+            np.arange(ends[-1], dtype=np.int64) + (self.starts_np - self.firsts_np)[sequence_T]
+        )
         blocks_T = self.tables_np[sequence_T, self.positions_np // size].astype(np.int64)
         self.slots_np = blocks_T * size + self.positions_np % size
         self._cache.clear()

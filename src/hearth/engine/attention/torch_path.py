@@ -21,6 +21,7 @@ class TorchLayer:
     """One layer's pool, read by gathering."""
 
     def __init__(self, spec: LayerSpec, pool: Pool, block_size: int) -> None:
+        del block_size  # the pool's shape says it
         self.spec, self.pool = spec, pool
 
     def __call__(
@@ -69,7 +70,9 @@ def quantise(x_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q_TKD, largest_TK / 127
 
 
-def _gather(stored: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _gather(
+    stored: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """Blocks as numbers of ``dtype``: [*blocks.shape, K, S, D]."""
     if scales is None:
         return stored[blocks]
@@ -98,7 +101,9 @@ def _decode(
     if spec.window:
         visible_NL &= positions_L >= lengths_N[:, None] - spec.window
     keys_NKLD = _gather(pool.keys, pool.key_scales, tables_NB, query_NHD.dtype).transpose(1, 2).flatten(2, 3)
-    values_NKLE = _gather(pool.values, pool.value_scales, tables_NB, query_NHD.dtype).transpose(1, 2).flatten(2, 3)
+    values_NKLE = (
+        _gather(pool.values, pool.value_scales, tables_NB, query_NHD.dtype).transpose(1, 2).flatten(2, 3)
+    )
     out = dot_product(
         spec, query_NHD.unsqueeze(2), keys_NKLD, values_NKLE, visible_NL[:, None, None], sinks_H
     )
@@ -131,8 +136,16 @@ def prefill(
         return visible & (seen_L > at_n - spec.window) if spec.window else visible
 
     table_B: torch.Tensor = step.cached(("table", sequence, first_block), table)
-    keys_KLD = _gather(pool.keys, pool.key_scales, table_B, query_nHD.dtype).transpose(0, 1).flatten(1, 2)[:, : length - origin]
-    values_KLE = _gather(pool.values, pool.value_scales, table_B, query_nHD.dtype).transpose(0, 1).flatten(1, 2)[:, : length - origin]
+    keys_KLD = (
+        _gather(pool.keys, pool.key_scales, table_B, query_nHD.dtype)
+        .transpose(0, 1)
+        .flatten(1, 2)[:, : length - origin]
+    )
+    values_KLE = (
+        _gather(pool.values, pool.value_scales, table_B, query_nHD.dtype)
+        .transpose(0, 1)
+        .flatten(1, 2)[:, : length - origin]
+    )
     query_HnD = query_nHD.transpose(0, 1)
     plain_causal = start == 0 and (not spec.window or spec.window >= length)
     visible_nL = None

@@ -152,10 +152,11 @@ USE_KERNELS = """
 import numpy as np
 from hearth.engine.attention.numba_kernels import make_kernel
 for dtype in (np.float32, np.uint16):
-    kernel = make_kernel(4, 4, 1, 2, softcap=False, sinks=False)
+    kernel = make_kernel(4, 4, 1, 2, softcap=False, sinks=False, quantised=False)
     query, pool, out = np.zeros((1, 1, 4), dtype), np.zeros((1, 1, 2, 4), dtype), np.zeros((1, 1, 4), "f4")
     table, items, one = np.zeros((1, 1), "i4"), np.array([[0, 0, 1]], "i4"), np.float32(1)
-    kernel(query, pool, pool, out, table, items, 0, 1, one, one, 0, np.zeros(0, "f4"))
+    none = np.zeros((0, 0, 0), "f4")
+    kernel(query, pool, pool, none, none, out, table, items, 0, 1, one, one, 0, np.zeros(0, "f4"))
 print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
 """
 
