@@ -175,7 +175,7 @@ class DecodeGraphs:
     def _capture(self, size: int, pool: Any) -> Any:
         self.inputs.clear(0, size)
         self.inputs.device[:size].copy_(self.inputs.host[:size])
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):

@@ -23,7 +23,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def store_kernel(
     new: Any,  # [T, K, DIM], strided
     pool: Any,  # [blocks, K, S, DIM]
@@ -61,7 +61,7 @@ def store_kernel(
         tl.store(pool + place * DIM + dim, x.to(pool.dtype.element_ty), mask=dim < DIM)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def attend_kernel(
     query: Any,  # [T, H, D], strided
     keys: Any,  # [blocks, K, S, D]
@@ -183,7 +183,7 @@ def attend_kernel(
         tl.store(partial_lse + part_at, lse, mask=is_row)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def merge_kernel(
     partial: Any,  # [tiles, QUERIES, H, SPLITS, E] float32
     partial_lse: Any,  # [tiles, QUERIES, H, SPLITS] float32, base 2
