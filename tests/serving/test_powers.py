@@ -20,6 +20,7 @@ from openai import OpenAI
 from hearth.serving import ServerProcess
 
 MODEL = "tiny-tools"
+ADAPTERS = ("first", "second")
 HELLO = [{"role": "user", "content": "hello"}]
 DIGIT = {
     "type": "object",
@@ -38,13 +39,35 @@ SAYS_AND_CALLS = f"<think>[a-c]{{5}}</think>\n\n[x-z]{{4}}{CALL}{CALL}".replace(
 SAYS_AND_CALLS = re.sub(r"\\\{(\d)\\\}", r"{\1}", SAYS_AND_CALLS)
 
 
+def make_adapter(directory: Path, *, seed: int) -> None:
+    """A LoRA adapter in PEFT's format whose random weights change every answer."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(2):
+        for name, size in (("q_proj", 64), ("v_proj", 32)):  # of the tiny model
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{prefix}.lora_A.weight"] = torch.randn(4, 64, generator=generator)
+            weights[f"{prefix}.lora_B.weight"] = torch.randn(size, 4, generator=generator)
+    directory.mkdir()
+    save_file(weights, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
+
+
 @pytest.fixture(scope="module")
 def server(
     tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]
 ) -> Iterator[ServerProcess]:
     """A server of its own: descriptions of tools are long for a model of bytes."""
-    model = make_model(tmp_path_factory.mktemp("models") / MODEL, chat=True, context=1024)
+    folder = tmp_path_factory.mktemp("models")
+    model = make_model(folder / MODEL, chat=True, context=1024)
+    for number, name in enumerate(ADAPTERS):
+        make_adapter(folder / name, seed=number)
     options = ("--num-threads", "1", "--max-num-seqs", "16", "--log-level", "warning")
+    options = (*options, "--adapter", f"{ADAPTERS[0]}={folder / ADAPTERS[0]}")
     with ServerProcess.start([model], options=options, timeout=300) as running:
         yield running
 
@@ -281,3 +304,43 @@ def test_fields_that_order_and_separate(client: OpenAI) -> None:
     assert cached(cache_salt="another") == 0
     with pytest.raises(openai.BadRequestError, match="cache_salt"):
         cached(cache_salt="")
+
+
+def test_adapters_are_models(client: OpenAI, server: ServerProcess) -> None:
+    def complete(model: str) -> str:
+        answer = client.completions.create(
+            model=model, prompt="abc", max_tokens=12, temperature=0, extra_body={"ignore_eos": True}
+        )
+        base, _, name = answer.model.partition(":")
+        assert base == f"{MODEL}@unregistered"
+        assert name in ("", *ADAPTERS)
+        return f"{name}: {answer.choices[0].text!r}"
+
+    def post(path: str, **body: Any) -> Any:
+        return client.post(path, body=body, cast_to=object)
+
+    assert server.facts["models"][0]["adapters"] == ["first"]
+    path = client.models.retrieve("first").root
+    second = str(Path(path).with_name("second"))
+    plain, first = complete(MODEL), complete("first")
+    assert first.startswith("first: ")
+    assert first.split(": ")[1] != plain.split(": ")[1]
+    assert complete(f"{MODEL}:first") == first
+    with pytest.raises(openai.NotFoundError):
+        complete("second")
+    post("/load_lora_adapter", lora_name="second", lora_path=second)
+    assert len({text.split(": ")[1] for text in (plain, first, complete("second"))}) == 3
+    parents = {model.id: getattr(model, "parent", None) for model in client.models.list()}
+    assert parents == {MODEL: None, "first": MODEL, "second": MODEL}
+    post("/unload_lora_adapter", lora_name="second")
+    with pytest.raises(openai.NotFoundError):
+        complete("second")
+    assert (complete(MODEL), complete("first")) == (plain, first)
+    for name, where, param in (("first", second, "lora_name"), ("x", second + "/no", "lora_path")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            post("/load_lora_adapter", lora_name=name, lora_path=where)
+        assert caught.value.param == param
+    with pytest.raises(openai.NotFoundError):
+        post("/unload_lora_adapter", lora_name="second")
+    with pytest.raises(openai.BadRequestError, match="with an adapter"):
+        client.embeddings.create(model="first", input="x")

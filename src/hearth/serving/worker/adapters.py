@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from hearth.errors import RequestError
+from hearth.errors import InputError, RequestError
 from hearth.serving.decoding import decode, invalid
 from hearth.serving.http import HttpError
 from hearth.serving.protocol import LoadAdapterRequest, UnloadAdapterRequest
@@ -54,8 +54,9 @@ class Adapters:
             raise invalid(f"there is a model or adapter {name!r} already", "lora_name")
         try:
             await self._engine.load_adapter(name, request.lora_path)
-        except RequestError as error:
-            raise RequestError(error.message, fix=error.fix, param=error.param or "lora_path") from None
+        except InputError as error:
+            param = getattr(error, "param", None) or "lora_path"
+            raise RequestError(error.message, fix=error.fix, param=param) from None
         self.paths[name] = request.lora_path
         return {"status": "loaded", "lora_name": name, "model": self._model_names[0]}
 
