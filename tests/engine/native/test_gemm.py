@@ -103,6 +103,18 @@ def test_long_inputs_are_cut_in_pieces_and_shared_by_rows() -> None:
 
 
 @pytest.mark.usefixtures("isa")
+def test_large_results_are_written_around_the_cache() -> None:
+    weight_NK, x_MK, bias_N = random(1030, 40), random(1050, 40, seed=1), torch.arange(1030.0)
+    for name, (packed, exact_NK) in forms(weight_NK, bias_N).items():
+        expected = torch.from_numpy(x_MK.double().numpy() @ exact_NK.T) + bias_N
+        aligned = torch.full((1050, 1056), 7.0, dtype=torch.bfloat16)
+        assert aligned.data_ptr() % 64 == 0
+        packed.multiply(x_MK, aligned[:, :1030])
+        torch.testing.assert_close(aligned[:, :1030].double(), expected, rtol=2**-8, atol=0.02, msg=name)
+        assert (aligned[:, 1030:] == 7).all()
+
+
+@pytest.mark.usefixtures("isa")
 def test_rows_are_independent_of_their_company() -> None:
     """The same row gives the same bits whatever else is in the batch, among rows of the same kernel."""
     for packed, _ in forms(random(40, 96), torch.zeros(40)).values():

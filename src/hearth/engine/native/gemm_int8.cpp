@@ -119,7 +119,8 @@ void gemv(const GemmArgs& args, const PackedInput& input, int64_t column, int64_
       panel_int4<R>(input.pairs, w, input.num_k_tiles, group_bytes(args), high, low);
     for (int r = 0; r < R; ++r)
       for (int block = 0; block < 2; ++block)
-        finish_int8(args, input, high[r][block], low[r][block], r, 0, column + block * BLOCK);
+        finish(args, to_float(args, input, high[r][block], low[r][block], r, column + block * BLOCK), r,
+               column + block * BLOCK);
   }
 }
 
@@ -171,7 +172,8 @@ void vectors_int8(const GemmArgs& args, const PackedInput& input, int64_t row, P
     panel_int8<4>(a, panel.weight, input.num_k_tiles, high, low);
     for (int64_t i = 0; i < min64(4, input.num_rows - r); ++i)
       for (int block = 0; block < 2; ++block)
-        finish_int8(args, input, high[i][block], low[i][block], r + i, row, panel.column + block * BLOCK);
+        finish(args, to_float(args, input, high[i][block], low[i][block], r + i, panel.column + block * BLOCK),
+               row + r + i, panel.column + block * BLOCK);
   }
 }
 

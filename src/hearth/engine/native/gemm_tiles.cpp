@@ -13,11 +13,38 @@ namespace {
 constexpr int64_t K_TILES = 16;  // x a pair of tiles of weights = 32 KiB
 constexpr int64_t SUMS = 4 * 256;
 
+// Finishes the sums of one group of rows, a few vectors at a time between the steps of the next group: they would
+// wait for the stores of the tile registers, and those for the last product, with nothing else to do.
+struct Finisher {
+  const GemmArgs& args;
+  const PackedInput& input;
+  int64_t row, column;
+  bool around;
+  const float* sums = nullptr;
+  int64_t r = 0, end = 0;  // rows of the input
+
+  void begin(const float* of, int64_t from, int64_t to) { sums = of, r = from, end = to; }
+
+  template <bool INT8>
+  void some(int64_t num_rows) {
+    for (const int64_t stop = min64(end, r + num_rows); r < stop; ++r) {
+      if (INT8) {
+        const int32_t* c = (const int32_t*)sums + r % TILE_ROWS * 16;
+        const auto load = [c](int64_t tile) { return _mm512_load_si512(c + tile * 256); };
+        finish_panel(args, to_float(args, input, load(0), load(2), r, column),
+                     to_float(args, input, load(1), load(3), r, column + BLOCK), row + r, column, around);
+      } else {
+        const float* c = sums + r % (2 * TILE_ROWS) / TILE_ROWS * 512 + r % TILE_ROWS * 16;
+        finish_panel(args, _mm512_load_ps(c), _mm512_load_ps(c + 256), row + r, column, around);
+      }
+    }
+  }
+};
+
 // sums [4][16][16]: (first input tile, first block), (first, second), (second, first), (second, second).
 template <bool INT8, bool BOTH>
-inline void multiply(const uint8_t* a, const uint8_t* b, int64_t num_k_tiles, bool first, void* sums,
-                     const uint8_t*& next, int64_t lines) {
-  uint8_t* c = (uint8_t*)sums;
+inline void multiply(const uint8_t* a, const uint8_t* b, int64_t num_k_tiles, bool first, float* sums,
+                     const uint8_t*& next, int64_t lines, Finisher& finisher) {
   if (first) {
     _tile_zero(0);
     _tile_zero(1);
@@ -26,13 +53,14 @@ inline void multiply(const uint8_t* a, const uint8_t* b, int64_t num_k_tiles, bo
       _tile_zero(3);
     }
   } else {
-    _tile_loadd(0, c, 64);
-    _tile_loadd(1, c + TILE_BYTES, 64);
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + 256, 64);
     if (BOTH) {
-      _tile_loadd(2, c + 2 * TILE_BYTES, 64);
-      _tile_loadd(3, c + 3 * TILE_BYTES, 64);
+      _tile_loadd(2, sums + 512, 64);
+      _tile_loadd(3, sums + 768, 64);
     }
   }
+  const int64_t rows_a_step = (finisher.end - finisher.r + num_k_tiles - 1) / num_k_tiles;
   for (int64_t k = 0; k < num_k_tiles * PAIR_BYTES; k += PAIR_BYTES) {
     _tile_stream_loadd(4, a + k, 64);
     _tile_loadd(6, b + k, 64);
@@ -55,28 +83,13 @@ inline void multiply(const uint8_t* a, const uint8_t* b, int64_t num_k_tiles, bo
       }
     }
     for (int64_t i = 0; i < lines; ++i, next += 64) _mm_prefetch((const char*)next, _MM_HINT_T1);
+    finisher.some<INT8>(rows_a_step);
   }
-  _tile_stored(0, c, 64);
-  _tile_stored(1, c + TILE_BYTES, 64);
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
   if (BOTH) {
-    _tile_stored(2, c + 2 * TILE_BYTES, 64);
-    _tile_stored(3, c + 3 * TILE_BYTES, 64);
-  }
-}
-
-void finish_group_bf16(const GemmArgs& args, const float* sums, int64_t row, int64_t num_rows, int64_t column) {
-  for (int64_t r = 0; r < num_rows; ++r) {
-    const float* c = sums + r / TILE_ROWS * 512 + r % TILE_ROWS * 16;
-    finish(args, _mm512_load_ps(c), row + r, column);
-    finish(args, _mm512_load_ps(c + 256), row + r, column + BLOCK);
-  }
-}
-
-void finish_group_int8(const GemmArgs& args, const PackedInput& input, const int32_t* sums, int64_t r, int64_t end,
-                       int64_t row, int64_t column) {
-  for (; r < end; ++r, sums += 16) {
-    finish_int8(args, input, _mm512_load_si512(sums), _mm512_load_si512(sums + 512), r, row, column);
-    finish_int8(args, input, _mm512_load_si512(sums + 256), _mm512_load_si512(sums + 768), r, row, column + BLOCK);
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
   }
 }
 
@@ -90,27 +103,29 @@ void tiles_panel(const GemmArgs& args, const PackedInput& input, int64_t row, Pa
   const int64_t num_pieces = num_groups == 1 ? 1 : (num_k_tiles + K_TILES - 1) / K_TILES;
   const int64_t num_steps = num_groups * num_k_tiles, lines = (panel.next_bytes / 64 + num_steps - 1) / num_steps;
   float* sums = (float*)scratch(SCRATCH_C, num_groups * SUMS * 4);
+  Finisher finisher{args, input, row, panel.column, writes_around(args, panel.column)};
   for (int64_t piece = 0; piece < num_pieces; ++piece) {
     const int64_t k = part_begin(num_k_tiles, piece, num_pieces);
     const int64_t depth = part_begin(num_k_tiles, piece + 1, num_pieces) - k;
     const uint8_t* b = panel.weight + k * PAIR_BYTES;
     for (int64_t g = 0; g < num_groups; ++g) {
       const uint8_t* a = input.pairs + (g * num_k_tiles + k) * PAIR_BYTES;
-      const int64_t r = g * group_rows, num_rows = min64(group_rows, input.num_rows - r);
+      const int64_t r = g * group_rows, end = min64(r + group_rows, input.num_rows);
       float* c = sums + g * SUMS;
       if (int8)
-        multiply<true, true>(a, b, depth, piece == 0, c, panel.next, lines);
-      else if (num_rows > TILE_ROWS)
-        multiply<false, true>(a, b, depth, piece == 0, c, panel.next, lines);
+        multiply<true, true>(a, b, depth, piece == 0, c, panel.next, lines, finisher);
+      else if (end - r > TILE_ROWS)
+        multiply<false, true>(a, b, depth, piece == 0, c, panel.next, lines, finisher);
       else
-        multiply<false, false>(a, b, depth, piece == 0, c, panel.next, lines);
-      if (piece + 1 < num_pieces) continue;
-      if (int8)
-        finish_group_int8(args, input, (const int32_t*)c, r, r + num_rows, row, panel.column);
-      else
-        finish_group_bf16(args, c, row + r, num_rows, panel.column);
+        multiply<false, false>(a, b, depth, piece == 0, c, panel.next, lines, finisher);
+      if (piece + 1 == num_pieces) finisher.begin(c, r, end);
     }
   }
+  if (int8)
+    finisher.some<true>(group_rows);
+  else
+    finisher.some<false>(group_rows);
+  if (finisher.around) _mm_sfence();
 }
 #else
 void tiles_panel(const GemmArgs&, const PackedInput&, int64_t, Panel) {}
