@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hearth.engine import stack, support
+from hearth.engine.attention import graphs
 from hearth.engine.attention.choice import why_not_numba
 from hearth.engine.attention.layer import LayerSpec
 from hearth.engine.config import EngineConfig
@@ -59,6 +60,7 @@ def assemble(
     if config.native and config.tensor_parallel == 1:
         runner.stack = stack.install(model, runner, vocab_size, max_model_len)
     runner.self_test(vocab_size, max_model_len)
+    runner.graphs = graphs.install(runner, max_model_len, config.max_num_seqs)
     return runner, num_blocks, max_model_len
 
 

@@ -14,7 +14,7 @@ import bisect
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ import torch
 from hearth.engine.attention.step import StepContext
 from hearth.engine.attention.triton_path import STEP_KEY, DeviceStep
 from hearth.engine.plan import Plan
+
+if TYPE_CHECKING:
+    from hearth.engine.runner import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,20 @@ def bucket_for(num_sequences: int, sizes: list[int]) -> int | None:
     """The smallest bucket that holds so many; None if there is none."""
     at = bisect.bisect_left(sizes, num_sequences)
     return sizes[at] if at < len(sizes) else None
+
+
+def install(runner: Runner, max_model_len: int, max_batch: int) -> DecodeGraphs | None:
+    """Capture the decode steps of a runner; None where there is no GPU, or, with a warning, where the model
+    cannot be captured. Stores nothing in the cache."""
+    if runner.device.type != "cuda" or any(layer.path != "triton" for layer in runner.layers):
+        return None
+    max_blocks = -(-max_model_len // runner.step.block_size)
+    graphs = DecodeGraphs(runner.model, runner.step, max_batch=max_batch, max_blocks=max_blocks)
+    reason = graphs.capture_all()
+    if reason:
+        logger.warning("decoding without CUDA graphs: %s", reason)
+        return None
+    return graphs
 
 
 class StaticInputs:
