@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hearth.engine.config import EngineConfig
+from hearth.engine.tp.collectives import Collectives
+from hearth.engine.tp.leader import Leader
 from hearth.errors import ConfigError, EngineError
 from hearth.models import load_model, load_tokenizer, resolve_reference
 
@@ -21,6 +23,8 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: Any
     path: Path | None = None
+    leader: Leader | None = None  # with tensor parallelism: the other ranks,
+    group: Collectives | None = None  # and what joins them; the model is rank 0's part
 
 
 def load(reference: str | Path, config: EngineConfig) -> LoadedModel:
@@ -29,6 +33,11 @@ def load(reference: str | Path, config: EngineConfig) -> LoadedModel:
     device = choose_device(config.device)
     tokenizer = load_tokenizer(path)
     try:
+        if config.tensor_parallel > 1:
+            from hearth.engine.tp.start import start_ranks
+
+            model, leader, group = start_ranks(path, config, device)
+            return LoadedModel(model, tokenizer, path, leader, group)
         model = load_model(path, dtype=config.dtype, device="cpu")
         if config.dtype == "auto" and model.dtype is torch.float16 and device.type == "cpu":
             model = model.float()

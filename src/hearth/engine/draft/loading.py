@@ -27,7 +27,7 @@ def open_draft_model(target: LoadedModel, config: EngineConfig) -> LoadedModel |
     """
     if config.speculation is None or config.speculation == NGRAM:
         return None
-    draft = load(config.speculation, config.with_(device=str(target.model.device)))
+    draft = load(config.speculation, config.with_(device=str(target.model.device), tensor_parallel=1))
     sizes = [_text_config(each).vocab_size for each in (draft, target)]
     fix = "draft with a model that was made with the same tokenizer, or use speculation 'ngram'"
     if sizes[0] != sizes[1]:
@@ -72,7 +72,7 @@ def make_speculator(
     else:
         limit = support.context_limit(_text_config(draft))
         bears = max_model_len if limit is None else min(limit, max_model_len)
-        settings = config.with_(max_model_len=bears)
+        settings = config.with_(max_model_len=bears, tensor_parallel=1)
         runner, _, _ = assemble(draft.model, settings, num_blocks=scheduler.pool.num_blocks)
         drafter = ModelDrafter(
             runner, scheduler.pool, max_num_batched_tokens=config.max_num_batched_tokens, max_model_len=bears
