@@ -21,6 +21,7 @@ from hearth.engine.pool import BlockPool
 from hearth.engine.runner import Runner
 from hearth.engine.scheduler import Scheduler
 from hearth.engine.swap import Costs, HostPool
+from hearth.engine.tp.collectives import Collectives
 from hearth.errors import ConfigError, EngineError
 
 logger = logging.getLogger(__name__)
@@ -34,11 +35,13 @@ def assemble(
     *,
     num_blocks: int | None = None,
     shared_token_bytes: int = 0,
+    group: Collectives | None = None,
 ) -> tuple[Runner, int, int]:
     """A tested runner, the number of blocks of its KV cache, and the longest sequence that it serves.
 
     num_blocks: of a pool that exists already, for a draft model; None sizes one.
     shared_token_bytes: what else each token of the pool takes, in the cache of a draft model.
+    group: the ranks that each hold a part of the model; all of them call this.
     Changes ``model`` in place. Raises `UnsupportedModelError` if the model cannot run, `ConfigError` if the
     settings do not fit it, `EngineError` if the memory does not suffice.
     """
@@ -49,6 +52,8 @@ def assemble(
     if num_blocks is None:
         token_bytes = sum(spec.bytes_per_token(model.dtype, config.kv_dtype) for _, spec in specs)
         num_blocks, max_model_len = size_pool(model, text_config, token_bytes + shared_token_bytes, config)
+        if group is not None:
+            num_blocks, max_model_len = group.least(num_blocks), group.least(max_model_len)
     else:
         assert config.max_model_len is not None
         max_model_len = config.max_model_len
@@ -75,7 +80,7 @@ def make_scheduler(
     """
     windows = [layer.spec.window for layer in runner.layers]
     size = block_bytes(runner.layers)
-    num_slots = config.swap_memory // size
+    num_slots = config.swap_memory // (size * config.tensor_parallel)
     costs, host = Costs(), None
     if config.swap_memory:
         if not config.prefix_cache:
@@ -83,7 +88,7 @@ def make_scheduler(
         if not num_slots:
             raise ConfigError(
                 f"swap_memory is {config.swap_memory} bytes, less than a KV block",
-                fix=f"use a multiple of {size}, or 0",
+                fix=f"use a multiple of {size * config.tensor_parallel}, or 0",
             )
         runner.host = HostBlocks(runner.layers, num_slots)
         costs.bytes_per_second = runner.host.measure()
@@ -124,6 +129,8 @@ def size_pool(
     budget = config.kv_cache_memory
     if budget is None:
         budget = int(available_memory(model.device) * DEFAULT_SHARE)
+    if config.kv_cache_memory is not None or model.device.type == "cpu":  # one memory for all ranks
+        budget //= config.tensor_parallel
     num_blocks = min(blocks_per_sequence * config.max_num_seqs, budget // block_bytes)
     if num_blocks >= blocks_per_sequence:
         return num_blocks, wanted
