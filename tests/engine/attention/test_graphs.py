@@ -15,6 +15,7 @@ from hearth.engine.attention.graphs import DecodeGraphs, StaticInputs, bucket_fo
 from hearth.engine.attention.step import StepContext
 from hearth.engine.plan import Plan, PlanRow
 from hearth.engine.request import Request
+from hearth.errors import ConfigError
 
 
 def test_buckets_waste_little() -> None:
@@ -66,6 +67,21 @@ def test_only_plain_decodes_are_taken() -> None:
     assert graphs.capture_all() == "there is no GPU"
 
 
+def test_fp8_keys_and_values_need_the_triton_kernels(family_model: Any) -> None:
+    with pytest.raises(ConfigError, match="fp8"):
+        Engine.from_model(family_model("llama"), kv_dtype="fp8", attention="torch")
+    pytest.importorskip("triton", reason="triton is not installed")
+    with Engine.from_model(
+        family_model("llama"), kv_dtype="fp8", attention="triton", max_model_len=64, block_size=8
+    ) as engine:
+        assert {part.dtype for part in engine.runner.layers[0].pool.parts} == {
+            torch.float8_e4m3fn,
+            torch.float32,
+        }
+        params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+        assert len(engine.generate([[5, 6, 7, 8]], params)[0].token_ids) == 3
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gpt_oss", "gemma2"])
 def test_fixed_buffers_give_the_same_tokens(
     family: str, family_model: Any, transformers_tokens: Any, monkeypatch: pytest.MonkeyPatch
@@ -83,6 +99,7 @@ def test_fixed_buffers_give_the_same_tokens(
         model, attention="triton", max_model_len=64, max_num_seqs=4, block_size=8
     ) as engine:
         runner = engine.runner
+        assert runner.graphs is None or torch.cuda.is_available()
         runner.graphs = DecodeGraphs(runner.model, runner.step, max_batch=4, max_blocks=8, capture=False)
         used: list[int] = []
         run = runner.graphs.run
