@@ -189,6 +189,8 @@ def test_a_stop_token_ends_like_the_end_of_sequence(engine: Engine) -> None:
         ({"json": {"x": {1, 2}}}, "JSON"),
         ({"regex": "a("}, "unclosed group"),
         ({"regex": "a(?=b)"}, "look-around"),
+        ({"regex": "a\\"}, "unpaired backslash"),
+        ({"json": "true"}, "a schema is an object"),
         ({"grammar": "start: nowhere"}, "nowhere"),
         ({"grammar": "%%%"}, "guided.grammar cannot be compiled"),
         ({"choice": ("\ud83c",)}, "surrogates"),
@@ -222,6 +224,13 @@ def test_a_grammar_that_no_token_continues_ends_with_an_error(family_model: Any)
             engine.generate([[1]], params(regex="a[0-9]"))
         assert engine.generate([[1]], params(regex="ab"))[0].text == "ab"
         assert engine.pool.num_used == 0
+
+
+def test_a_grammar_that_grows_too_complex_ends_with_an_error(engine: Engine) -> None:
+    """It compiles, and llguidance gives up on the way: what there is then is not of the form."""
+    with pytest.raises(EngineError, match="too complex"):
+        engine.generate([[5]], params(regex="a{100000000}"))
+    assert engine.generate([[5]], params(regex="a{3}"))[0].text == "aaa"
 
 
 def test_sentencepiece_vocabularies(family_model: Any) -> None:

@@ -56,7 +56,7 @@ class Grammar:
     @property
     def is_finished(self) -> bool:
         """Whether nothing may follow."""
-        return self._matcher.is_stopped()
+        return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def allowed_tokens(self) -> np.ndarray:
         """Boolean [V], the tokens that may follow; not empty.
@@ -180,11 +180,15 @@ def _grammar_text(kind: str, text: str) -> str:
     """What llguidance compiles. Raises `ValueError` for what is wrong at first sight."""
     if kind == "json":
         schema = json.loads(text)
-        own_rules = isinstance(schema, dict) and "x-guidance" in schema
+        if not isinstance(schema, dict):
+            raise ValueError(f"a schema is an object, and this is a {type(schema).__name__}")
+        own_rules = "x-guidance" in schema
         return LLMatcher.grammar_from_json_schema(
             text, defaults=None if own_rules else {"whitespace_pattern": WHITESPACE}
         )
     if kind == "regex":
+        if (len(text) - len(text.rstrip("\\"))) % 2:  # llguidance overlooks it
+            raise ValueError("it ends with an unpaired backslash")
         return LLMatcher.grammar_from_regex(text)
     if kind == "choice":
         choices = [json.dumps(choice, ensure_ascii=False) for choice in json.loads(text)]
