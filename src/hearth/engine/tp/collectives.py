@@ -11,13 +11,13 @@ import torch.distributed as dist
 # A rank that lets the others wait this long in a layer is stuck: they all compute the same. Loading is waited
 # for elsewhere, without a limit.
 STUCK_SECONDS = 60.0
-_MIN: Any = dist.ReduceOp.MIN
+_dist: Any = dist  # its stubs leave out what follows
 _HOST = "127.0.0.1"
 
 
 def open_store(port: int | None = None) -> Any:
     """The place where ranks of this machine find each other: rank 0 opens one on any free ``port``."""
-    return dist.distributed_c10d.TCPStore(_HOST, port or 0, None, port is None, wait_for_workers=False)
+    return _dist.TCPStore(_HOST, port or 0, None, port is None, wait_for_workers=False)
 
 
 class Collectives:
@@ -53,6 +53,6 @@ class Collectives:
         """The smallest of all ranks' values."""
         values = torch.tensor([value], device=self.device)
         options = dist.AllreduceOptions()
-        options.reduceOp = _MIN
+        options.reduceOp = _dist.ReduceOp.MIN
         self._group.allreduce([values], options).wait()
         return int(values)
