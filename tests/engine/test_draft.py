@@ -27,6 +27,11 @@ from hearth.errors import ConfigError, ModelError
 GREEDY = SamplingParams(max_tokens=40, temperature=0)
 
 
+def make(model: Any, tokenizer: Any = None, **fields: Any) -> Engine:
+    """Plain kernels, which need no compiling; one of the paths below runs the compiled ones."""
+    return Engine.from_model(model, tokenizer, **{"attention": "torch", "native": False, **fields})
+
+
 class OpenGate(Gate):
     """Drafts always: these tests are about what drafts do, not about when they pay."""
 
@@ -87,10 +92,10 @@ def run(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> lis
 def test_greedy_tokens_are_the_same(
     family: str, kind: str, family_model: Any, prompts: list[list[int]], draft_dir: Any
 ) -> None:
-    with Engine.from_model(family_model(family)) as engine:
+    with make(family_model(family)) as engine:
         expected = run(engine, prompts, GREEDY)
     speculation = "ngram" if kind == "ngram" else str(draft_dir(kind, family))
-    with Engine.from_model(family_model(family), speculation=speculation) as engine:
+    with make(family_model(family), speculation=speculation) as engine:
         speculator_of(engine)
         assert run(engine, prompts, GREEDY) == expected
         stats = engine.stats()
@@ -108,7 +113,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "blocks of one token": {"block_size": 1},
     "many drafts": {"num_draft_tokens": 11, "block_size": 4},
     "one draft": {"num_draft_tokens": 1},
-    "torch attention": {"attention": "torch"},
+    "compiled kernels": {"attention": "auto", "native": True},
 }
 
 
@@ -117,12 +122,10 @@ PATHS: dict[str, dict[str, Any]] = {
 def test_same_tokens_by_every_path(
     path: str, kind: str, family_model: Any, prompts: list[list[int]], draft_dir: Any
 ) -> None:
-    with Engine.from_model(family_model("llama"), max_model_len=128) as engine:
+    with make(family_model("llama"), max_model_len=128) as engine:
         expected = run(engine, prompts, GREEDY)
     speculation = "ngram" if kind == "ngram" else str(draft_dir(kind, "llama"))
-    with Engine.from_model(
-        family_model("llama"), max_model_len=128, speculation=speculation, **PATHS[path]
-    ) as engine:
+    with make(family_model("llama"), max_model_len=128, speculation=speculation, **PATHS[path]) as engine:
         speculator_of(engine)
         assert run(engine, prompts, GREEDY) == expected
 
@@ -131,10 +134,10 @@ def test_same_tokens_by_every_path(
 def test_same_tokens_after_preemption(
     kind: str, family_model: Any, prompts: list[list[int]], draft_dir: Any
 ) -> None:
-    with Engine.from_model(family_model("qwen3")) as engine:
+    with make(family_model("qwen3")) as engine:
         expected = run(engine, prompts, GREEDY)
     bytes_per_token = 3 * 2 * 2 * 24 * 4 * (1 if kind == "ngram" else 2)
-    with Engine.from_model(
+    with make(
         family_model("qwen3"),
         speculation="ngram" if kind == "ngram" else str(draft_dir(kind, "qwen3")),
         block_size=4,
@@ -157,10 +160,10 @@ def test_same_tokens_after_preemption(
 def test_same_tokens_after_prefix_hits(kind: str, family_model: Any, draft_dir: Any) -> None:
     shared = list(range(10, 50))
     batch = [[*shared, 7], [*shared, 8, 9], shared]
-    with Engine.from_model(family_model("llama"), block_size=8) as engine:
+    with make(family_model("llama"), block_size=8) as engine:
         expected = run(engine, batch, GREEDY)
     speculation = "ngram" if kind == "ngram" else str(draft_dir(kind, "llama"))
-    with Engine.from_model(family_model("llama"), block_size=8, speculation=speculation) as engine:
+    with make(family_model("llama"), block_size=8, speculation=speculation) as engine:
         speculator = speculator_of(engine)
         for _ in range(2):
             assert run(engine, batch, GREEDY) == expected
@@ -207,10 +210,10 @@ def test_every_parameter_means_the_same(
     params = SamplingParams(**{"max_tokens": 40, "ignore_eos": True, **fields})
     batch = ["the quick brown fox", [5, 6, 7] * 8, "日本語 the end of the day"]
     settings: dict[str, Any] = {"max_model_len": 200, "block_size": 8}
-    with Engine.from_model(family_model("llama"), tokenizer, **settings) as engine:
+    with make(family_model("llama"), tokenizer, **settings) as engine:
         expected = complete(engine, batch, params)
     speculation = "ngram" if kind == "ngram" else str(draft_dir(kind, "llama"))
-    with Engine.from_model(family_model("llama"), tokenizer, speculation=speculation, **settings) as engine:
+    with make(family_model("llama"), tokenizer, speculation=speculation, **settings) as engine:
         got = complete(engine, batch, params)
         if params.max_tokens != 1:
             assert engine.stats().num_draft_tokens > 0 or params.max_tokens == 2
@@ -237,7 +240,7 @@ def test_draws_without_a_seed_have_the_same_distribution(
     prompt = [5, 6, 7, 8, 9, 5, 6, 7, 10, 6, 11, 7]
     counts = []
     for speculation, seed in ((None, 1), ("ngram" if kind == "ngram" else str(tmp_path), 2)):
-        with Engine.from_model(
+        with make(
             model(), speculation=speculation, seed=seed, max_model_len=32, max_num_seqs=256, block_size=8
         ) as engine:
             completions = complete(engine, [prompt] * 4000, params)
@@ -257,7 +260,7 @@ def test_draws_without_a_seed_have_the_same_distribution(
 def test_a_draft_model_like_the_target_is_always_right(
     family_model: Any, prompts: list[list[int]], draft_dir: Any
 ) -> None:
-    with Engine.from_model(family_model("llama"), speculation=str(draft_dir("same", "llama"))) as engine:
+    with make(family_model("llama"), speculation=str(draft_dir("same", "llama"))) as engine:
         speculator_of(engine)
         run(engine, prompts, SamplingParams(max_tokens=41, temperature=0, ignore_eos=True))
         stats = engine.stats()
@@ -290,7 +293,7 @@ def test_a_draft_model_that_is_wrong_is_switched_off(
     kind: str, stays_on: bool, family_model: Any, draft_dir: Any
 ) -> None:
     directory = str(draft_dir(kind, "llama"))
-    with Engine.from_model(family_model("llama"), speculation=directory) as engine:
+    with make(family_model("llama"), speculation=directory) as engine:
         FakeClock(engine, 0.2)
         run(engine, [[5, 6, 7]], SamplingParams(max_tokens=200, temperature=0, ignore_eos=True))
         stats = engine.stats()
@@ -307,9 +310,9 @@ def test_a_draft_model_that_is_wrong_is_switched_off(
 def test_a_drafter_that_breaks_costs_no_request(
     family_model: Any, prompts: list[list[int]], draft_dir: Any
 ) -> None:
-    with Engine.from_model(family_model("llama")) as engine:
+    with make(family_model("llama")) as engine:
         expected = run(engine, prompts, GREEDY)
-    with Engine.from_model(family_model("llama"), speculation=str(draft_dir("noisy", "llama"))) as engine:
+    with make(family_model("llama"), speculation=str(draft_dir("noisy", "llama"))) as engine:
         speculator = speculator_of(engine)
         assert isinstance(speculator.drafter, ModelDrafter)
         calls = iter(range(1000))
@@ -326,9 +329,9 @@ def test_a_drafter_that_breaks_costs_no_request(
 
 
 def test_drafts_that_a_grammar_refuses_are_cut(family_model: Any, prompts: list[list[int]]) -> None:
-    with Engine.from_model(family_model("llama")) as engine:
+    with make(family_model("llama")) as engine:
         expected = run(engine, prompts, GREEDY)
-    with Engine.from_model(family_model("llama"), speculation="ngram") as engine:
+    with make(family_model("llama"), speculation="ngram") as engine:
         speculator_of(engine).num_valid = lambda request: min(1, len(request.draft_ids))
         assert run(engine, prompts, GREEDY) == expected
         stats = engine.stats()
@@ -342,9 +345,9 @@ def test_a_draft_model_of_another_vocabulary_is_refused(
     family_model("llama", vocab_size=300).save_pretrained(tmp_path / "small")
     tokenizer.save_pretrained(tmp_path / "small")
     with pytest.raises(ConfigError, match=r"300 tokens.*320"):
-        Engine.from_model(family_model("llama"), speculation=str(tmp_path / "small"))
+        make(family_model("llama"), speculation=str(tmp_path / "small"))
     with pytest.raises(ModelError, match="nowhere"):
-        Engine.from_model(family_model("llama"), speculation=str(tmp_path / "nowhere"))
+        make(family_model("llama"), speculation=str(tmp_path / "nowhere"))
 
 
 def test_a_draft_model_with_other_tokens_is_refused(
@@ -356,10 +359,8 @@ def test_a_draft_model_with_other_tokens_is_refused(
     (tmp_path / "tokenizer.json").write_text(text.replace('"</s>"', '"<end>"'))
     family_model("llama").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="<"):
-        Engine.from_model(family_model("llama"), tokenizer, speculation=str(tmp_path))
-    with Engine.from_model(
-        family_model("llama"), tokenizer, speculation=str(draft_dir("noisy", "llama"))
-    ) as engine:
+        make(family_model("llama"), tokenizer, speculation=str(tmp_path))
+    with make(family_model("llama"), tokenizer, speculation=str(draft_dir("noisy", "llama"))) as engine:
         assert engine.speculator is not None
 
 
@@ -370,9 +371,9 @@ def test_a_draft_model_of_a_shorter_context_stops_there(
     tokenizer.save_pretrained(tmp_path)
     batch = [[5, 6, 7], [9] * 50]
     params = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
-    with Engine.from_model(family_model("llama")) as engine:
+    with make(family_model("llama")) as engine:
         expected = run(engine, batch, params)
-    with Engine.from_model(family_model("llama"), speculation=str(tmp_path)) as engine:
+    with make(family_model("llama"), speculation=str(tmp_path)) as engine:
         speculator_of(engine)
         assert run(engine, batch, params) == expected
         assert 0 < engine.stats().num_accepted_tokens <= 32
