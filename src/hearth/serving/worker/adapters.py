@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 from hearth.errors import InputError, RequestError
 from hearth.serving.decoding import decode, invalid
 from hearth.serving.http import HttpError
 from hearth.serving.protocol import LoadAdapterRequest, UnloadAdapterRequest
+
+
+def name_problem(name: str, taken: Collection[str]) -> str | None:
+    """Why an adapter cannot have this name."""
+    if not name or len(name) > 128 or ":" in name or not name.isprintable():
+        return "give it a name of 1 to 128 printable characters without ':'"
+    return f"there is a model or adapter {name!r} already" if name in taken else None
 
 
 class AdapterEngine(Protocol):
@@ -48,10 +56,9 @@ class Adapters:
         """``POST /v1/load_lora_adapter``."""
         request = decode(body, LoadAdapterRequest)
         name = request.lora_name
-        if not name or len(name) > 128 or ":" in name or not name.isprintable():
-            raise invalid("lora_name: 1 to 128 printable characters without ':'", "lora_name")
-        if name in self._model_names or name in self.paths:
-            raise invalid(f"there is a model or adapter {name!r} already", "lora_name")
+        problem = name_problem(name, {*self._model_names, *self.paths})
+        if problem is not None:
+            raise invalid(f"lora_name: {problem}", "lora_name")
         try:
             await self._engine.load_adapter(name, request.lora_path)
         except InputError as error:

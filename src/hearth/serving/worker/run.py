@@ -86,6 +86,11 @@ def run(arguments: list[str]) -> int:
         return 130
 
 
+def model_names(options: argparse.Namespace, name: str) -> tuple[str, ...]:
+    """All names that mean the model, the main one first."""
+    return tuple(dict.fromkeys([name, options.served_version or name, *options.alias]))
+
+
 def _emit(channel: int, event: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # nobody listens
         os.write(channel, json.dumps(event).encode() + b"\n")
@@ -99,7 +104,7 @@ async def _serve(options: argparse.Namespace, name: str, channel: int, started: 
     config = EngineConfig.of(**options.engine)
     engine = await AsyncEngine.start(options.model, config)
     try:
-        adapters = await load_adapters(engine, options.adapter)
+        adapters = await load_adapters(engine, options.adapter, model_names(options, name))
         loaded = time.monotonic()
         style = style_of(engine.tokenizer, options.tool_parser, options.reasoning_parser)
         engine.model_info |= {"tool_parser": style.tools, "reasoning_parser": style.reasoning}
@@ -149,7 +154,7 @@ def _make_server(
     model = ServedModel(
         name=name,
         version=version,
-        names=tuple(dict.fromkeys([name, version, *options.alias])),
+        names=model_names(options, name),
         path=options.model,
         max_model_len=engine.max_model_len,
         defaults=generation_defaults(options.model),

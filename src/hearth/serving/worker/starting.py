@@ -7,7 +7,7 @@ from typing import Any
 
 from hearth.engine.parsing import Style, detect_style
 from hearth.errors import ConfigError, HearthError
-from hearth.serving.worker.adapters import AdapterEngine
+from hearth.serving.worker.adapters import AdapterEngine, name_problem
 from hearth.serving.worker.prompts import template_text
 from hearth.telemetry import logs
 
@@ -23,7 +23,9 @@ def style_of(tokenizer: Any, tools: str, reasoning: str) -> Style:
     )
 
 
-async def load_adapters(engine: AdapterEngine, given: Sequence[str]) -> dict[str, str]:
+async def load_adapters(
+    engine: AdapterEngine, given: Sequence[str], model_names: Sequence[str]
+) -> dict[str, str]:
     """Load adapters given as NAME=PATH, or NAME?=PATH for those that the server can do without.
 
     Raises ConfigError or what the engine raises for one that cannot be loaded; the second kind is logged.
@@ -32,8 +34,11 @@ async def load_adapters(engine: AdapterEngine, given: Sequence[str]) -> dict[str
     for each in given:
         name, separator, path = each.partition("=")
         optional, name = name.endswith("?"), name.removesuffix("?")
-        if not separator or not name or not path:
-            raise ConfigError(f"adapter {each!r}", fix="give NAME=PATH")
+        if not separator or not path:
+            raise ConfigError(f"adapter {each!r} has no path", fix="give NAME=PATH")
+        problem = name_problem(name, {*model_names, *loaded})
+        if problem is not None:
+            raise ConfigError(f"adapter {each!r}", fix=problem)
         try:
             await engine.load_adapter(name, path)
         except HearthError as error:
