@@ -1,8 +1,8 @@
 """Paged attention for the CPU in numba: reads every key and value once per KV head, and gathers nothing.
 
 Layout of the pool: [block, kv_head, token, dim], float32, bfloat16 seen as uint16, or int8 with scales. A
-bfloat16 is the upper half of a float32, so widening is a 16-bit shift. The softmax is computed online, block by
-block (Milakov and Gimelshein, arXiv 1805.02867), with the query heads of one KV head as rows of one tile.
+bfloat16 is the upper half of a float32, so widening is a 16-bit shift. The softmax is computed online, block
+by block (Milakov and Gimelshein, arXiv 1805.02867), with the query heads of one KV head as rows of one tile.
 
 Kernels are made per head size and per feature, so that loops have constant bounds and unused features cost
 nothing; numba keeps the compiled code on disk (see `_cache`).

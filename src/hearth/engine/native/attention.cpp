@@ -66,21 +66,29 @@ void softmax_row(const Tile& tile, int row, int base, int num_columns, const Sof
   const __m512 masked = _mm512_set1_ps(MASKED);
   _mm512_mask_storeu_ps(x + begin, (__mmask16)~(0xFFFFu << (low - begin)), masked);
   if (high < end) _mm512_mask_storeu_ps(x + end - 16, (__mmask16)(0xFFFFu << (high - end + 16)), masked);
-  __m512 best = masked;
-  for (int c = begin; c < end; c += 16) best = _mm512_max_ps(best, _mm512_loadu_ps(x + c));
+  // Two of each, because one would wait for itself.
+  __m512 best[2] = {masked, masked};
+  int c = begin;
+  for (; c + 32 <= end; c += 32)
+    for (int i = 0; i < 2; i++) best[i] = _mm512_max_ps(best[i], _mm512_loadu_ps(x + c + 16 * i));
+  if (c < end) best[0] = _mm512_max_ps(best[0], _mm512_loadu_ps(x + c));
   const float before = tile.top[row];
-  const float top = fmaxf(before, _mm512_reduce_max_ps(best) * rules.factor);
+  const float top = fmaxf(before, _mm512_reduce_max_ps(_mm512_max_ps(best[0], best[1])) * rules.factor);
   const __m512 factor = _mm512_set1_ps(rules.factor), tops = _mm512_set1_ps(top);
-  __m512 sum = _mm512_setzero_ps();
+  __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  const auto probability = [&](int at, __m512& total) {
+    __m512 p = exp2_ps(_mm512_fmsub_ps(_mm512_loadu_ps(x + at), factor, tops));
+    total = _mm512_add_ps(total, p);
+    return rules.value_scales ? _mm512_mul_ps(p, _mm512_loadu_ps(rules.value_scales + at)) : p;
+  };
   std::memset(probs, 0, begin * sizeof(bf16));
-  for (int c = begin; c < end; c += 16) {
-    __m512 p = exp2_ps(_mm512_fmsub_ps(_mm512_loadu_ps(x + c), factor, tops));
-    sum = _mm512_add_ps(sum, p);
-    if (rules.value_scales) p = _mm512_mul_ps(p, _mm512_loadu_ps(rules.value_scales + c));
-    _mm256_storeu_si256((__m256i*)(probs + c), narrow(p));
+  for (c = begin; c + 32 <= end; c += 32) {
+    const __m512 p = probability(c, sum[0]), q = probability(c + 16, sum[1]);
+    _mm512_storeu_si512(probs + c, (__m512i)_mm512_cvtne2ps_pbh(q, p));
   }
+  if (c < end) _mm256_storeu_si256((__m256i*)(probs + c), narrow(probability(c, sum[0])));
   std::memset(probs + end, 0, (num_columns - end) * sizeof(bf16));
-  float total = _mm512_reduce_add_ps(sum);
+  float total = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
   if (before > NOTHING) {
     const float shrink = exp2f(before - top);
     total += tile.total[row] * shrink;

@@ -34,10 +34,25 @@ void put_key(const T* x, T* block, int place, int D, int S) {
   }
 }
 
-template <typename T>
-void put_value(const T* x, T* block, int place, int E) {
-  T* row = block + (int64_t)(place / 2) * 2 * E + place % 2;
-  for (int e = 0; e < E; e++) row[2 * e] = x[e];
+// The other token of the pair keeps what it has.
+void put_value(const bf16* x, bf16* block, int place, int E) {
+  bf16* row = block + (int64_t)(place / 2) * 2 * E;
+  const __m128i shift = _mm_cvtsi32_si128(place % 2 * 16);
+  const __mmask32 mine = place % 2 ? 0xAAAAAAAA : 0x55555555;
+  for (int e = 0; e < E; e += 16) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(x + e)));
+    _mm512_mask_storeu_epi16(row + 2 * e, mine, _mm512_sll_epi32(wide, shift));
+  }
+}
+
+void put_value(const int8_t* x, int8_t* block, int place, int E) {
+  int8_t* row = block + (int64_t)(place / 2) * 2 * E;
+  const __m128i shift = _mm_cvtsi32_si128(place % 2 * 8);
+  const __mmask64 mine = place % 2 ? 0xAAAAAAAAAAAAAAAA : 0x5555555555555555;
+  for (int e = 0; e < E; e += 32) {
+    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(x + e)));
+    _mm512_mask_storeu_epi8(row + 2 * e, mine, _mm512_sll_epi16(wide, shift));
+  }
 }
 
 void write_token(const AttentionArgs& args, int t, int head, int8_t* bytes) {
