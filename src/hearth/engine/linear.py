@@ -25,6 +25,8 @@ from hearth.engine.quantize import Int4Weight, Int8Weight, quantize_int4, quanti
 
 # Rows up to which torch's int8 operator beats a product with the dequantised weight.
 _FEW_ROWS = 16
+# With other numbers of inputs torch 2.13's int8 operator reads past the end of bfloat16 rows.
+_SAFE_INPUTS = 16
 _GROUP = 64
 # The attribute of a linear layer that must stay as it is, because the model reads its weight itself.
 KEEP = "_hearth_keep_linears"
@@ -120,7 +122,7 @@ class TorchInt8:
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
-        if rows > _FEW_ROWS or x.device.type != "cpu":
+        if rows > _FEW_ROWS or x.device.type != "cpu" or x.shape[-1] % _SAFE_INPUTS:
             return F.linear(x, self.quantized.dequantize(self.dtype), self.bias)
         x_MK = x.reshape(rows, x.shape[-1]).contiguous()
         out: torch.Tensor = torch._weight_int8pack_mm(x_MK, self.quantized.codes_NK, self._scale_N)
@@ -179,38 +181,29 @@ def pack_linears(model: nn.Module, *, weights: str = "auto", use_native: bool = 
     model plus one layer. A weight tied to the embedding stays there, and its packed copy is extra. Experts
     whose weights are stacked in one parameter are no linear layers, and stay as they are.
     """
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = None if find_head is None else find_head()
-    num_packed, files = 0, MappedFiles()
-    for path, module in list(model.named_modules()):
-        for name, child in list(module.named_children()):
-            if getattr(child, KEEP, False):
-                continue
-            weight: torch.Tensor
-            bias: torch.Tensor | None
-            if type(child) is nn.Linear:
-                weight, bias = child.weight, child.bias
-            elif type(child) is Conv1D:
-                weight, bias = _tensor(child.weight).t(), _tensor(child.bias)
-            else:
-                continue
-            setattr(
-                module,
-                name,
-                PackedLinear(
-                    weight,
-                    bias,
-                    weights="int8" if weights == "int4" and child is head else weights,
-                    use_native=use_native,
-                    name=f"{path}.{name}" if path else name,
-                ),
-            )
-            files.release(weight)
-            del child, weight, bias
-            num_packed += 1
-    return num_packed
+    places = [  # holds no layer: each must go when it is replaced
+        (module, name, f"{path}.{name}" if path else name, child is _head(model))
+        for path, module in model.named_modules()
+        for name, child in module.named_children()
+        if type(child) in (nn.Linear, Conv1D) and not getattr(child, KEEP, False)
+    ]
+    files = MappedFiles()
+    for module, name, path, is_head in places:
+        kind = "int8" if is_head and weights == "int4" else weights
+        original = getattr(module, name)
+        setattr(module, name, _pack(original, weights=kind, use_native=use_native, name=path))
+        files.release(original.weight)
+        del original
+    return len(places)
 
 
-def _tensor(value: object) -> torch.Tensor:
-    assert isinstance(value, torch.Tensor)
-    return value
+def _head(model: nn.Module) -> object:
+    find = getattr(model, "get_output_embeddings", None)
+    return None if find is None else find()
+
+
+def _pack(layer: nn.Linear | Conv1D, *, weights: str, use_native: bool, name: str) -> PackedLinear:
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, torch.Tensor)
+    weight_NK = weight.t() if type(layer) is Conv1D else weight
+    return PackedLinear(weight_NK, bias, weights=weights, use_native=use_native, name=name)
