@@ -175,6 +175,25 @@ def test_a_verdict_holds_for_the_dtype_that_was_tested(resolve, model_dir: Path)
         assert resolve("qa", workspace=workspace, dtype="bfloat16")[1] == []
 
 
+def test_a_verdict_holds_for_the_compression_that_was_tested(resolve, model_dir: Path) -> None:
+    with Workspace.open() as workspace:
+        workspace.registry.create_version("qa", model_dir)
+        workspace.registry.attach_report("qa@1", "parity", report(passed=True))
+        for changes, command in (
+            ({"weights": "int4"}, "hearth parity qa@1 --weights int4"),
+            ({"kv_dtype": "int8"}, "hearth parity qa@1 --kv-dtype int8"),
+        ):
+            with pytest.raises(GateError, match="no parity report for") as caught:
+                resolve("qa", workspace=workspace, **changes)
+            assert command in (caught.value.fix or "")
+            workspace.registry.attach_report("qa@1", "parity", {**report(passed=True), **changes})
+            assert resolve("qa", workspace=workspace, **changes)[1] == []
+        workspace.registry.attach_report("qa@1", "parity", {**report(passed=False), "weights": "int4"})
+        with pytest.raises(GateError, match="failed its last parity gate"):
+            resolve("qa", workspace=workspace, weights="int4")
+        assert resolve("qa", workspace=workspace)[1] == []
+
+
 def test_auto_means_the_stored_dtype(resolve, model_dir: Path) -> None:
     config = json.loads((model_dir / "config.json").read_text())
     (model_dir / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))

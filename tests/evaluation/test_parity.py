@@ -53,6 +53,46 @@ def test_a_sound_model_passes(chat_model: Path, workspace_dir: Path, dtype: str)
     assert "PASSED" in report.render()
 
 
+@pytest.mark.parametrize(
+    "compression", [{"weights": "int8"}, {"weights": "int4"}, {"kv_dtype": "int8"}], ids=str
+)
+def test_compressed_serving_is_judged_by_log_probabilities(
+    chat_model: Path, workspace_dir: Path, compression: dict[str, str]
+) -> None:
+    with Workspace.open() as workspace:
+        report = run_gate(
+            chat_model,
+            workspace=workspace,
+            dtype="float32",
+            num_prompts=8,
+            max_tokens=MAX_TOKENS,
+            **compression,
+        )
+    assert report.passed, report.render()
+    assert {key: report.to_dict()[key] for key in compression} == compression
+    assert report.mean_tolerance_nats is not None
+    assert 0 < report.mean_logprob_difference <= report.mean_tolerance_nats
+    assert "compressed" in report.render()
+
+
+def test_a_compression_that_is_off_everywhere_fails(
+    chat_model: Path, served: tuple[list[ParityPrompt], list[Completion]]
+) -> None:
+    """No token is far off, but the mean is: the gate of int8 allows 1 nat at once and 0.1 on average."""
+    prompts, completions = served
+    shifted = [
+        replace(c, logprobs=[replace(entry, logprob=entry.logprob - 0.3) for entry in c.logprobs or []])
+        for c in completions
+    ]
+    model = load_model(chat_model, dtype="float32")
+    stop_ids = generation_stop_ids(model)
+    settings = {"dtype": "float32", "stop_ids": stop_ids, "max_tokens": MAX_TOKENS}
+    report = check_continuations(model, prompts, shifted, weights="int8", **settings)
+    assert not report.passed
+    assert all(prompt.max_logprob_difference < report.tolerance_nats for prompt in report.prompts)
+    assert check_continuations(model, prompts, completions, weights="int8", **settings).passed
+
+
 def test_other_weights_fail(chat_model: Path, served: tuple[list[ParityPrompt], list[Completion]]) -> None:
     prompts, completions = served
     model = load_model(chat_model, dtype="float32")

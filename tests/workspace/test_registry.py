@@ -220,6 +220,13 @@ def test_promotion_needs_a_passed_parity_report(registry, make_model):
         registry.promote("chat", "beta")
 
 
+def test_a_failed_compression_does_not_speak_against_a_version(registry, make_model):
+    registry.create_version("chat", make_model())
+    registry.attach_report("chat", "parity", {"passed": True})
+    registry.attach_report("chat", "parity", {"passed": False, "weights": "int4"})
+    assert registry.promote("chat", "production").aliases == ("production",)
+
+
 def test_force_needs_a_reason_and_is_remembered(registry, make_model):
     registry.create_version("chat", make_model())
     for reason in (None, "  "):

@@ -13,6 +13,14 @@ from hearth.cli.output import print_json, progress_bar
 @click.argument("model")
 @click.option("--dtype", default="auto", show_default=True, help="Precision that is tested: that of serving.")
 @click.option(
+    "--weights", type=click.Choice(["auto", "int8", "int4"]), default="auto", show_default=True,
+    help="Compression of the weights that is tested.",
+)  # fmt: skip
+@click.option(
+    "--kv-dtype", type=click.Choice(["auto", "int8", "fp8"]), default="auto", show_default=True,
+    help="Compression of the KV cache that is tested.",
+)  # fmt: skip
+@click.option(
     "--prompts", "num_prompts", type=click.IntRange(min=1), default=16, show_default=True,
     help="Number of prompts; the built-in ones are always asked, held-out ones fill up.",
 )  # fmt: skip
@@ -21,7 +29,9 @@ from hearth.cli.output import print_json, progress_bar
     help="Greedy tokens of each prompt.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
-def parity(model: str, dtype: str, num_prompts: int, max_tokens: int, as_json: bool) -> None:
+def parity(
+    model: str, dtype: str, weights: str, kv_dtype: str, num_prompts: int, max_tokens: int, as_json: bool
+) -> None:
     """Check that MODEL answers the same through the serving engine as it did in training.
 
     The report of a registered version is kept with it; `hearth models promote` asks for a passed one.
@@ -35,6 +45,8 @@ def parity(model: str, dtype: str, num_prompts: int, max_tokens: int, as_json: b
             model,
             workspace=workspace,
             dtype=dtype,
+            weights=weights,
+            kv_dtype=kv_dtype,
             num_prompts=num_prompts,
             max_tokens=max_tokens,
             advance=advance,

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 )
 @click.option("--dtype", help="auto, float32, bfloat16 or float16.")
 @click.option("--device", help="auto, cpu, cuda:0 ...")
+@click.option("--weights", help="auto (as stored), int8 or int4.")
+@click.option("--kv-dtype", help="auto, int8 (CPU) or fp8 (GPU).")
+@click.option("--speculation", help="ngram, or a draft model with the same tokens.")
+@click.option("--tensor-parallel", type=int, help="Processes that share each layer.")
+@click.option("--swap-memory", type=int, help="Bytes to which preempted requests may be copied.")
 @click.option("--max-model-len", type=int, help="Longest prompt and answer together, in tokens.")
 @click.option("--max-num-seqs", type=int, help="Sequences that run at once.")
 @click.option("--kv-cache-memory", type=int, help="Bytes of the KV cache.")
@@ -67,6 +72,7 @@ def _overrides(models: tuple[str, ...], options: dict[str, Any], config_path: Pa
     """The command line as ``key=value`` settings; engine options apply to every model named on it."""
     engine_keys = (
         *("dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_memory", "num_threads"),
+        *("weights", "kv_dtype", "speculation", "tensor_parallel", "swap_memory"),
         *("tool_parser", "reasoning_parser"),
     )
     engine = {key: options.pop(key) for key in engine_keys}

@@ -24,6 +24,21 @@ class ServedModel(Section):
     max_num_seqs: PositiveInt | None = Field(None, description="Requests that are computed at once.")
     max_num_batched_tokens: PositiveInt | None = Field(None, description="Tokens in one engine step.")
     kv_cache_memory: PositiveInt | None = Field(None, description="Bytes for the key-value cache.")
+    weights: Literal["auto", "int8", "int4"] = Field(
+        "auto", description="Compress the weights at load; auto leaves them as stored."
+    )
+    kv_dtype: Literal["auto", "int8", "fp8"] = Field(
+        "auto", description="Compress the key-value cache: int8 on a CPU, fp8 on a GPU."
+    )
+    swap_memory: NonNegativeInt | None = Field(
+        None, description="Bytes of memory to which preempted requests may be copied."
+    )
+    speculation: str | None = Field(
+        None, description="Draft tokens: ngram (from the text so far), or a small model with the same tokens."
+    )
+    num_draft_tokens: PositiveInt | None = Field(None, description="Tokens drafted at most in a step.")
+    tensor_parallel: PositiveInt | None = Field(None, description="Processes that share each layer.")
+    max_adapters: PositiveInt | None = Field(None, description="LoRA adapters loaded at once.")
     prefix_cache: bool | None = Field(None, description="Reuse the key-value cache of equal beginnings.")
     num_threads: PositiveInt | None = Field(None, description="CPU threads of its engine.")
     seed: int | None = Field(None, description="Randomness of requests that give no seed.")

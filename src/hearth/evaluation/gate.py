@@ -52,6 +52,8 @@ def run_gate(
     *,
     workspace: Workspace,
     dtype: str = "auto",
+    weights: str = "auto",
+    kv_dtype: str = "auto",
     num_prompts: int = 16,
     max_tokens: int = 32,
     advance: Advance | None = None,
@@ -59,8 +61,8 @@ def run_gate(
     """Run the parity gate on a model reference; the report of a registered version is kept with it.
 
     ``dtype`` is the precision of serving; ``auto`` is the one that the engine chooses by itself, and the
-    report names it. The engine is closed before the training-side model is opened, so that both need not
-    fit into memory together.
+    report names it. ``weights`` and ``kv_dtype`` compress the engine's side as `EngineConfig` says. The
+    engine is closed before the training-side model is opened, so that both need not fit into memory together.
     """
     from hearth.data.tokenizer import DataTokenizer
     from hearth.engine import Engine
@@ -71,7 +73,7 @@ def run_gate(
     version = find_version(reference, directory, workspace)
     documents, conversations = _held_out(find_dataset(version, workspace), num_prompts)
     tokenizer = DataTokenizer.open(directory)
-    with Engine.load(directory, dtype=dtype) as engine:
+    with Engine.load(directory, dtype=dtype, weights=weights, kv_dtype=kv_dtype) as engine:
         dtype = engine.model_info["dtype"]
         prompts = make_prompts(
             tokenizer,
@@ -91,6 +93,8 @@ def run_gate(
         dtype=dtype,
         stop_ids=generation_stop_ids(model, tokenizer.eos_id),
         max_tokens=max_tokens,
+        weights=weights,
+        kv_dtype=kv_dtype,
         advance=advance,
     )
     if version is not None:

@@ -12,6 +12,10 @@ Two questions, asked of a model directory through both paths:
 Two tokens whose log-probabilities lie closer together than the tolerance are a tie that rounding decides;
 ties are counted and reported, not hidden.
 
+Weights or a KV cache that are compressed for serving cannot give the same tokens everywhere. Their gate asks
+how far the log-probabilities of the served tokens are from the training side's: none farther than a wide
+tolerance, and on average not farther than a narrow one. The report says that, and holds for that compression.
+
 Shapes: T tokens of prompt and continuation, V vocabulary.
 """
 
@@ -34,6 +38,26 @@ if TYPE_CHECKING:
 # Largest accepted difference of log-probabilities, in nats. float32 paths differ by the order of
 # summation only; bfloat16 keeps 8 bits of a logit, which is a few hundredths of a nat near the top.
 TOLERANCE_NATS = {"float32": 2e-3, "float16": 5e-2, "bfloat16": 2.5e-1}
+# For compressed serving: the largest difference of a token, and the largest mean.
+COMPRESSED_NATS = {"int8": (1.0, 0.1), "fp8": (1.0, 0.1), "int4": (4.0, 0.4)}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a report allows, in nats. ``mean``: of all tokens together, None = not asked."""
+
+    largest: float
+    mean: float | None = None
+
+    @classmethod
+    def of(cls, dtype: str, weights: str = "auto", kv_dtype: str = "auto") -> Tolerance:
+        """That of a way of serving; the coarser compression decides."""
+        exact = TOLERANCE_NATS.get(dtype, TOLERANCE_NATS["float32"])
+        allowed = [COMPRESSED_NATS[name] for name in (weights, kv_dtype) if name != "auto"]
+        if not allowed:
+            return cls(exact)
+        largest, mean = max(allowed)
+        return cls(max(largest, exact), mean)
 
 
 @dataclass(frozen=True)
@@ -49,6 +73,7 @@ class PromptResult:
     expected_token: str | None
     served_token: str | None
     max_logprob_difference: float
+    sum_logprob_difference: float = 0.0
     note: str = ""
 
     @property
@@ -66,6 +91,10 @@ class ParityReport:
     max_tokens: int
     prompts: list[PromptResult]
     seconds: float = 0.0
+    weights: str = "auto"
+    kv_dtype: str = "auto"
+    mean_tolerance_nats: float | None = None
+    mean_logprob_difference: float = 0.0
     hearth_version: str = __version__
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,6 +106,11 @@ class ParityReport:
             f"parity gate {'PASSED' if self.passed else 'FAILED'}: {len(self.prompts)} prompts, up to "
             f"{self.max_tokens} greedy tokens each, {self.dtype}, tolerance {self.tolerance_nats:g} nats"
         ]
+        if self.mean_tolerance_nats is not None:
+            lines.append(
+                f"  compressed (weights {self.weights}, KV cache {self.kv_dtype}): mean difference "
+                f"{self.mean_logprob_difference:.1e} nats, tolerance {self.mean_tolerance_nats:g}"
+            )
         for prompt in self.prompts:
             lines.append(_render_prompt(prompt, self.tolerance_nats))
         return "\n".join(lines)
@@ -120,27 +154,43 @@ def check_continuations(
     dtype: str,
     stop_ids: frozenset[int],
     max_tokens: int,
+    weights: str = "auto",
+    kv_dtype: str = "auto",
     tolerance_nats: float | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> ParityReport:
     """The training side: force the engine's ``completions`` through ``model`` and judge them.
 
-    ``stop_ids`` end a generation on the training side. ``advance`` is called with 1 a prompt.
+    ``stop_ids`` end a generation on the training side. ``weights`` and ``kv_dtype`` say how the engine
+    compressed. ``advance`` is called with 1 a prompt.
     """
     started = time.monotonic()
-    tolerance = (
-        TOLERANCE_NATS.get(dtype, TOLERANCE_NATS["float32"]) if tolerance_nats is None else tolerance_nats
-    )
+    tolerance = Tolerance.of(dtype, weights, kv_dtype)
+    if tolerance_nats is not None:
+        tolerance = Tolerance(tolerance_nats)
     results = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        results.append(_check(model, prompt, completion, stop_ids, tolerance))
+        results.append(_check(model, prompt, completion, stop_ids, tolerance.largest))
         if advance is not None:
             advance(1)
+    num_tokens = sum(result.num_new_tokens for result in results)
+    mean = sum(result.sum_logprob_difference for result in results) / max(1, num_tokens)
     passed = bool(results) and all(
-        result.ids_equal and result.tokens_equal and result.max_logprob_difference <= tolerance
+        result.ids_equal and result.tokens_equal and result.max_logprob_difference <= tolerance.largest
         for result in results
     )
-    return ParityReport(passed, dtype, tolerance, max_tokens, results, seconds=time.monotonic() - started)
+    return ParityReport(
+        passed=passed and (tolerance.mean is None or mean <= tolerance.mean),
+        dtype=dtype,
+        tolerance_nats=tolerance.largest,
+        max_tokens=max_tokens,
+        prompts=results,
+        seconds=time.monotonic() - started,
+        weights=weights,
+        kv_dtype=kv_dtype,
+        mean_tolerance_nats=tolerance.mean,
+        mean_logprob_difference=mean,
+    )
 
 
 @torch.inference_mode()
@@ -158,7 +208,7 @@ def _check(
     logits_TV = model(input_ids=input_ids_T[None], use_cache=False).logits[0, num_prompt - 1 :].float()
     logprobs_TV = torch.log_softmax(logits_TV, dim=-1)
     served_logprobs = _chosen_logprobs(completion)
-    num_ties, worst, first_difference, expected = 0, 0.0, None, None
+    num_ties, worst, total, first_difference, expected = 0, 0.0, 0.0, None, None
     for position in range(len(served) + 1):
         if position and served[position - 1] in stop_ids:
             if position < len(served) or completion.finish_reason != "stop":
@@ -169,6 +219,7 @@ def _check(
             accepted = {served[position]}
             difference = abs(float(logprobs_TV[position, served[position]]) - served_logprobs[position])
             worst = max(worst, math.inf if math.isnan(difference) else difference)
+            total += difference
         elif completion.finish_reason != "length":
             # An engine may or may not hand out the stop token itself; where it does not, the training side
             # must want a stop token at the position after the last served token.
@@ -197,6 +248,7 @@ def _check(
         expected_token=expected,
         served_token=got,
         max_logprob_difference=worst,
+        sum_logprob_difference=total,
         note=prompt.note,
     )
 

@@ -96,7 +96,7 @@ def _check_directory(path: Path) -> None:
 def _version(entry: ServedModel, workspace: Workspace, allow_ungated: bool, note: Note) -> Resolved:
     registry = workspace.registry
     version = registry.verify(entry.model)
-    problem, fix = _gate(workspace, version, entry.dtype)
+    problem, fix = _gate(workspace, version, entry)
     if problem is not None:
         if not allow_ungated:
             raise GateError(
@@ -114,20 +114,35 @@ def _version(entry: ServedModel, workspace: Workspace, allow_ungated: bool, note
     return Resolved(name, version.ref, aliases, version.path, entry)
 
 
-def _gate(workspace: Workspace, version: ModelVersion, asked: str) -> tuple[str | None, str]:
-    """Why the gate is shut to serving in the dtype ``asked`` (None: it is open), and the command to run.
+def _gate(workspace: Workspace, version: ModelVersion, entry: ServedModel) -> tuple[str | None, str]:
+    """Why the gate is shut to serving as ``entry`` says (None: it is open), and the command to run.
 
-    A verdict holds for the dtype that was tested; the newest one for the dtype that will be served counts.
+    A verdict holds for the dtype and the compression that were tested; the newest one for those that will be
+    served counts.
     """
-    dtypes: set[str | None] = {asked}
-    fix = f"hearth parity {version.ref} --dtype {asked}"
-    if asked == "auto":
-        dtypes, fix = {version.facts.get("dtype")}, f"hearth parity {version.ref}"
+    dtypes: set[str | None] = {entry.dtype}
+    fix = f"hearth parity {version.ref}"
+    if entry.dtype != "auto":
+        fix += f" --dtype {entry.dtype}"
+    else:
+        dtypes = {version.facts.get("dtype")}
         if dtypes == {"float16"}:
             dtypes.add("float32")  # what the engine makes of stored float16 where it runs on a CPU
+    compression = {"weights": entry.weights, "kv_dtype": entry.kv_dtype}
+    fix += "".join(
+        f" --{key.replace('_', '-')} {value}" for key, value in compression.items() if value != "auto"
+    )
     reports = [report for report in workspace.registry.reports(version.ref, "parity") if not report.imported]
     if not reports:
         return "it has no parity report made in this workspace", fix
+    reports = [
+        report
+        for report in reports
+        if all(report.report.get(key, "auto") == value for key, value in compression.items())
+    ]
+    if not reports:
+        wanted = " and ".join(f"{key} {value}" for key, value in compression.items())
+        return f"it has no parity report for {wanted}", fix
     # A config.json that names no dtype leaves it to the weights: then the newest verdict has to do.
     fitting = [report for report in reports if dtypes == {None} or report.report.get("dtype") in dtypes]
     if not fitting:

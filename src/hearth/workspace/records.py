@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -174,13 +175,23 @@ def reports_of(connection: sa.Connection, name: str, number: int, kind: str | No
 
 
 def shut_gate(parity: list[Report], ref: str) -> str | None:
-    """Why the parity gate is shut; None when it is open. Only the newest report made here counts."""
+    """Why the parity gate is shut; None when it is open.
+
+    The newest report made here counts; reports on a compressed form only if there are no others, because how
+    well a version can be compressed says nothing about the version.
+    """
     own = [report for report in parity if not report.imported]
+    own = [report for report in own if not is_compressed(report.report)] or own
     if own:
         return None if own[-1].passed else f"{ref} failed its last parity gate ({own[-1].created_at:%F %T})"
     if parity:
         return f"{ref} has only an imported parity report, made on another machine"
     return f"{ref} has no passed parity report"
+
+
+def is_compressed(parity: Mapping[str, Any]) -> bool:
+    """Whether a parity report speaks of compressed weights or a compressed KV cache."""
+    return any(parity.get(name, "auto") != "auto" for name in ("weights", "kv_dtype"))
 
 
 def is_version(version: ModelVersion) -> sa.ColumnElement[bool]:
