@@ -24,7 +24,8 @@ class EngineConfig:
     max_model_len: prompt plus output, in tokens; None takes the model's own limit, or less if the KV cache
         cannot hold one such sequence.
     max_num_seqs: sequences that run at once; more of them wait.
-    max_num_batched_tokens: the token budget of one step; a longer prompt is computed in chunks.
+    max_num_batched_tokens: the token budget of one step; a longer prompt is computed in chunks. While other
+        sequences decode, an eighth of it (at least 64) goes to prompts, so that they need not wait long.
     kv_cache_memory: bytes for the KV cache; None takes what max_num_seqs x max_model_len tokens need, at most
         40 % of the memory that is free after loading.
     block_size: tokens in a KV block.

@@ -15,7 +15,7 @@ class PlanRow(NamedTuple):  # made for every sequence in every step: a third of 
 
     token_ids: the tokens; the last ``num_drafts`` of them are guesses that the step will verify.
     block_ids: the blocks of the sequence at plan time, enough for ``start + num_tokens`` tokens. Those that
-        lie wholly before the window of every layer are gone; block 0 stands in their place.
+        lie wholly before the window of every layer are gone; the first one left stands in their place.
     num_logits: how many of the last positions want logits: none; one to sample from; one and one more for
         every draft; or more, where the log-probabilities of the prompt are wanted.
     samples: whether the sequence's last token is among these, so that the step gives it at least one more.

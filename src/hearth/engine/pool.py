@@ -282,7 +282,7 @@ class BlockPool:
         assert all(self._hash_of[i] is None for i in free)
         assert all(self._hash_of[i] is not None for i in cached)
         assert {i for i, h in enumerate(self._hash_of) if h is not None} == set(self._block_of.values())
-        assert all(r.block_table in (None, tuple(r.block_ids)) for r in requests)
+        assert all(r.block_table in (None, r.make_table()) for r in requests)
         owners = Counter(block_id for request in requests for block_id in request.live_block_ids)
         for block_id, count in enumerate(self._references):
             assert owners[block_id] == count, (

@@ -73,6 +73,12 @@ class Request:
     def live_block_ids(self) -> list[int]:
         return self.block_ids[self.num_dropped :]
 
+    def make_table(self) -> tuple[int, ...]:
+        """``block_ids`` for a plan. Kernels that gather before they mask read the places of dropped blocks
+        too; there they find a block of the sequence's own, as others' may hold NaN."""
+        live = self.live_block_ids
+        return (*live[:1] * self.num_dropped, *live)
+
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)

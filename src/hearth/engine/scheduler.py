@@ -298,7 +298,7 @@ class _Step:
         if num_drafts:
             token_ids += tuple(request.draft_ids[:num_drafts])
         if request.block_table is None:
-            request.block_table = tuple(request.block_ids)
+            request.block_table = request.make_table()
         self.rows.append(
             PlanRow(
                 request,
