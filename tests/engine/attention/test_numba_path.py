@@ -1,10 +1,8 @@
-"""The paged kernels against plain attention written out in float64."""
+"""How the numba kernels share work and keep compiled code; what they compute is tested in test_paths."""
 
 from __future__ import annotations
 
-import itertools
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -24,100 +22,6 @@ from hearth.engine.request import Request
 BLOCK = 8
 
 
-def plain_attention(
-    spec: LayerSpec,
-    query_nHD: torch.Tensor,
-    key_LKD: torch.Tensor,
-    value_LKE: torch.Tensor,
-    sinks_H: torch.Tensor | None,
-) -> torch.Tensor:
-    """Every rule spelled out, one head and one query at a time; returns [n, H, E]."""
-    count, num_heads, _ = query_nHD.shape
-    length = key_LKD.shape[0]
-    out = torch.zeros(count, num_heads, spec.value_dim, dtype=torch.float64)
-    for i, h in itertools.product(range(count), range(num_heads)):
-        position = length - count + i
-        first = max(0, position + 1 - spec.window) if spec.window else 0
-        kv = h // (num_heads // spec.num_kv_heads)
-        keys, values = (
-            key_LKD[first : position + 1, kv].double(),
-            value_LKE[first : position + 1, kv].double(),
-        )
-        scores = keys @ query_nHD[i, h].double() * spec.scale
-        if spec.softcap:
-            scores = spec.softcap * torch.tanh(scores / spec.softcap)
-        if sinks_H is not None:
-            scores = torch.cat([scores, sinks_H[h : h + 1].double()])
-        out[i, h] = torch.softmax(scores, 0)[: len(values)] @ values
-    return out
-
-
-SPECS = {
-    "grouped": LayerSpec(6, 2, 16, 16, 0.25),
-    "one head each": LayerSpec(3, 3, 12, 12, 0.3),
-    "window": LayerSpec(4, 2, 16, 16, 0.25, window=5),
-    "window of a block": LayerSpec(4, 1, 16, 16, 0.25, window=BLOCK),
-    "softcap": LayerSpec(4, 2, 16, 16, 1.0, softcap=2.0),
-    "sinks and window": LayerSpec(4, 2, 16, 16, 0.25, window=9, sinks=True),
-    "value dim differs": LayerSpec(4, 2, 16, 24, 0.25),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("numba", [True, False])
-@pytest.mark.parametrize("name", SPECS)
-def test_paged_attention_equals_plain_attention(name: str, numba: bool, dtype: torch.dtype) -> None:
-    spec = SPECS[name]
-    generator = torch.Generator().manual_seed(1)
-    rng = random.Random(1)
-
-    def rand(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    num_blocks = 60
-    step = StepContext(BLOCK, torch.device("cpu"))
-    layer = LayerKV(spec, step, num_blocks, dtype, path="numba" if numba else "torch")
-    layer.pool.keys.fill_(float("nan"))  # what was never written must never be read
-    layer.pool.values.fill_(float("nan"))
-    if not numba:
-        layer.pool.keys.zero_()
-        layer.pool.values.zero_()
-    sinks = rand(spec.num_heads).float() if spec.sinks else None
-    free = list(range(num_blocks))
-    rng.shuffle(free)
-    # Each sequence in two steps: some context, then a decode, a short chunk, a long chunk.
-    lengths = [(0, 1), (5, 1), (8, 1), (23, 1), (3, 4), (16, 5), (0, 13), (0, 40), (11, 30), (40, 24)]
-    blocks = [tuple(free.pop() for _ in range(-(-(a + b) // BLOCK))) for a, b in lengths]
-    keys = [rand(a + b, spec.num_kv_heads, spec.key_dim) for a, b in lengths]
-    values = [rand(a + b, spec.num_kv_heads, spec.value_dim) for a, b in lengths]
-    requests = [Request(str(i), 0, [0] * (a + b), SamplingParams(), 1) for i, (a, b) in enumerate(lengths)]
-
-    def run(part: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-        rows, queries = [], []
-        for i, (a, b) in enumerate(lengths):
-            start, count = (0, a) if part == 0 else (a, b)
-            if count:
-                rows.append(PlanRow(requests[i], start, count, (0,) * count, blocks[i], 1, True))
-                queries.append((i, rand(count, spec.num_heads, spec.key_dim)))
-        step.fill(Plan(tuple(rows)))
-        spans = [slice(row.start, row.end) for row in rows]
-        out = layer.attend(
-            torch.cat([q for _, q in queries]),
-            torch.cat([keys[i][span] for (i, _), span in zip(queries, spans, strict=True)]),
-            torch.cat([values[i][span] for (i, _), span in zip(queries, spans, strict=True)]),
-            sinks,
-        )
-        pieces = out.split([len(q) for _, q in queries])
-        return [(i, q, piece) for (i, q), piece in zip(queries, pieces, strict=True)]
-
-    for part in (0, 1):
-        for i, query, got in run(part):
-            end = lengths[i][0] + (lengths[i][1] if part else 0)
-            expected = plain_attention(spec, query, keys[i][:end], values[i][:end], sinks)
-            tolerance = 2e-6 if dtype is torch.float32 else 2e-2
-            torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
-
-
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
 def test_work_is_cut_into_runs_that_cover_it(num_threads: int) -> None:
     costs = np.random.default_rng(0).integers(1, 5000, 37)
@@ -130,7 +34,7 @@ def test_work_is_cut_into_runs_that_cover_it(num_threads: int) -> None:
 
 
 def test_threads_give_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = SPECS["grouped"]
+    spec = LayerSpec(6, 2, 16, 16, 0.25)
     outs = []
     for worth in (1, 10**9):
         monkeypatch.setattr(numba_path, "_WORTH_A_THREAD", worth)
