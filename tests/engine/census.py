@@ -81,7 +81,7 @@ def examine(family: str, num_tokens: int = NUM_TOKENS) -> Finding:
         engine = Engine.from_model(copy.deepcopy(model), max_num_batched_tokens=64, max_num_seqs=8)
     except UnsupportedModelError as error:
         return Finding(family, architecture, "refused", error.message.split(": ", 1)[-1])
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is what was found
         return Finding(
             family, architecture, "WRONG", f"loading raised {_line(error)}", traceback.format_exc()
         )
@@ -90,7 +90,7 @@ def examine(family: str, num_tokens: int = NUM_TOKENS) -> Finding:
             params = SamplingParams(max_tokens=num_tokens, temperature=0)
             got = [c.token_ids for c in engine.generate(prompts, params)]
         expected = generate(model, prompts, num_tokens)
-    except Exception as error:  # noqa: BLE001 - a finding
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is what was found
         return Finding(family, architecture, "WRONG", f"raised {_line(error)}", traceback.format_exc())
     if got != expected:
         return Finding(family, architecture, "WRONG", "other tokens than transformers", f"{got}\n{expected}")

@@ -154,7 +154,8 @@ def _probe_attention(
         softcap=float(kwargs.get("softcap") or 0.0),
         sinks=sinks is not None,
     )
-    del attention_mask  # none is made: its rules are ours
+    if attention_mask is not None:  # transformers makes none for an attention function that it does not know
+        raise UnsupportedModelError("it gives its attention a mask or a bias of its own", fix=_FIX)
     _calls.append((module, spec, {name for name, argument in kwargs.items() if argument is not None}))
     length = query.shape[2]
     visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()

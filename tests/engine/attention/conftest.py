@@ -47,9 +47,12 @@ def plain_attention(
     return (weights @ value_LKE.double().repeat_interleave(group, 1).transpose(0, 1)).transpose(0, 1)
 
 
-def int8_and_back(x_TKD: torch.Tensor) -> torch.Tensor:
-    scale = x_TKD.double().abs().amax(-1, keepdim=True) / 127
-    return (x_TKD.double() / scale).round() * scale
+def stored_and_back(x_TKD: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """What a pool of 8-bit numbers with a scale for each token and head makes of x."""
+    largest = 127.0 if stored is torch.int8 else torch.finfo(stored).max
+    scale = x_TKD.double().abs().amax(-1, keepdim=True) / largest
+    scaled = x_TKD.double() / scale
+    return (scaled.round() if stored is torch.int8 else scaled.float().to(stored).double()) * scale
 
 
 @dataclass
@@ -78,13 +81,14 @@ class Batch:
                 )
         spans = [slice(row.start, row.end) for row in rows]
         self.layer.step.fill(Plan(tuple(rows)))
+        device = self.layer.step.device
         out = self.layer.attend(
-            torch.cat(list(queries.values())),
-            torch.cat([self.keys[i][span] for i, span in zip(queries, spans, strict=True)]),
-            torch.cat([self.values[i][span] for i, span in zip(queries, spans, strict=True)]),
-            self.sinks,
+            torch.cat(list(queries.values())).to(device),
+            torch.cat([self.keys[i][span] for i, span in zip(queries, spans, strict=True)]).to(device),
+            torch.cat([self.values[i][span] for i, span in zip(queries, spans, strict=True)]).to(device),
+            None if self.sinks is None else self.sinks.to(device),
         )
-        pieces = out.split([len(query) for query in queries.values()])
+        pieces = out.cpu().split([len(query) for query in queries.values()])
         return {i: (queries[i], piece) for i, piece in zip(queries, pieces, strict=True)}
 
     def errors(self, part: int, order: list[int] | None = None) -> dict[int, float]:
@@ -95,7 +99,7 @@ class Batch:
             end = self.lengths[i][0] + part * self.lengths[i][1]
             key, value = self.keys[i][:end], self.values[i][:end]
             if self.layer.pool.key_scales is not None:
-                key, value = int8_and_back(key), int8_and_back(value)
+                key, value = (stored_and_back(x, self.layer.pool.keys.dtype) for x in (key, value))
             expected = plain_attention(self.layer.spec, query, key, value, self.sinks)
             worst[i] = float((got.double() - expected).abs().max())
         return worst
@@ -110,6 +114,7 @@ def make_batch(
     kv_dtype: str = "auto",
     lengths: list[tuple[int, int]] | None = None,
     seed: int = 1,
+    device: str = "cpu",
 ) -> Batch:
     lengths = LENGTHS if lengths is None else lengths
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
@@ -120,7 +125,7 @@ def make_batch(
     counts = [-(-(a + b) // block_size) for a, b in lengths]
     free = list(range(sum(counts) + 3))
     rng.shuffle(free)
-    step = StepContext(block_size, torch.device("cpu"))
+    step = StepContext(block_size, torch.device(device))
     layer = LayerKV(spec, step, len(free), dtype, path=path, kv_dtype=kv_dtype)
     if path != "torch":  # what was never written must never be read
         for part in layer.pool.parts:

@@ -13,9 +13,9 @@ Legend: T query tokens of the step, N sequences, H query heads, K KV heads, G = 
 S tokens in a block; names ending in P are padded to a power of two.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton reads annotations as its own: what is no constexpr has none.
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -25,13 +25,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit  # type: ignore[untyped-decorator]
 def store_kernel(
-    new: Any,  # [T, K, DIM], strided
-    pool: Any,  # [blocks, K, S, DIM]
-    scales: Any,  # [blocks, K, S] or anything if not SCALED
-    slots: Any,  # [T] block * S + offset; negative: padding, stored nowhere
-    slot_stride: Any,
-    new_stride_t: Any,
-    new_stride_k: Any,
+    new,  # [T, K, DIM], strided
+    pool,  # [blocks, K, S, DIM]
+    scales,  # [blocks, K, S] or anything if not SCALED
+    slots,  # [T] block * S + offset; negative: padding, stored nowhere
+    slot_stride,
+    new_stride_t,
+    new_stride_k,
     K: tl.constexpr,
     S: tl.constexpr,
     DIM: tl.constexpr,
@@ -39,7 +39,7 @@ def store_kernel(
     SCALED: tl.constexpr,
     LARGEST: tl.constexpr,  # what the scaled type can hold: 448 for e4m3, 127 for int8
     ROUNDS: tl.constexpr,  # int8 must be rounded by hand: the cast would cut
-) -> None:
+):
     """Write one head of one token into its slot, scaled to the range of the pool's type if SCALED."""
     t = tl.program_id(0)
     k = tl.program_id(1)
@@ -63,24 +63,24 @@ def store_kernel(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def attend_kernel(
-    query: Any,  # [T, H, D], strided
-    keys: Any,  # [blocks, K, S, D]
-    values: Any,  # [blocks, K, S, E]
-    key_scales: Any,  # [blocks, K, S] or anything if not SCALED
-    value_scales: Any,
-    sinks: Any,  # [H] float32 or anything if not SINKS
-    tables: Any,  # [N, blocks of a sequence]
-    tiles: Any,  # [tiles, 4] sequence, first row in the step, rows, position of the first; -1: padding
-    out: Any,  # [T, H, E]
-    partial: Any,  # [tiles, QUERIES, H, SPLITS, E] float32 if SPLITS > 1
-    partial_lse: Any,  # [tiles, QUERIES, H, SPLITS] float32, base 2
-    table_stride: Any,
-    tile_stride: Any,
-    query_stride_t: Any,
-    query_stride_h: Any,
-    scale: Any,
-    softcap: Any,
-    window: Any,
+    query,  # [T, H, D], strided
+    keys,  # [blocks, K, S, D]
+    values,  # [blocks, K, S, E]
+    key_scales,  # [blocks, K, S] or anything if not SCALED
+    value_scales,
+    sinks,  # [H] float32 or anything if not SINKS
+    tables,  # [N, blocks of a sequence]
+    tiles,  # [tiles, 4] sequence, first row in the step, rows, position of the first; -1: padding
+    out,  # [T, H, E]
+    partial,  # [tiles, QUERIES, H, SPLITS, E] float32 if SPLITS > 1
+    partial_lse,  # [tiles, QUERIES, H, SPLITS] float32, base 2
+    table_stride,
+    tile_stride,
+    query_stride_t,
+    query_stride_h,
+    scale,
+    softcap,
+    window,
     H: tl.constexpr,
     K: tl.constexpr,
     GP: tl.constexpr,
@@ -98,7 +98,7 @@ def attend_kernel(
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,  # multiply matrices in float32: the interpreter takes bfloat16 for integers
-) -> None:
+):
     """Attend with one tile of queries over one split of its sequence's keys and values."""
     tile = tl.program_id(0)
     kv = tl.program_id(1)
@@ -185,12 +185,12 @@ def attend_kernel(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def merge_kernel(
-    partial: Any,  # [tiles, QUERIES, H, SPLITS, E] float32
-    partial_lse: Any,  # [tiles, QUERIES, H, SPLITS] float32, base 2
-    sinks: Any,
-    tiles: Any,
-    out: Any,  # [T, H, E]
-    tile_stride: Any,
+    partial,  # [tiles, QUERIES, H, SPLITS, E] float32
+    partial_lse,  # [tiles, QUERIES, H, SPLITS] float32, base 2
+    sinks,
+    tiles,
+    out,  # [T, H, E]
+    tile_stride,
     H: tl.constexpr,
     QUERIES: tl.constexpr,
     E: tl.constexpr,
@@ -198,7 +198,7 @@ def merge_kernel(
     SPLITS: tl.constexpr,
     SPLITSP: tl.constexpr,
     SINKS: tl.constexpr,
-) -> None:
+):
     """Join the splits of one query token and one head."""
     tile = tl.program_id(0) // QUERIES
     token = tl.program_id(0) % QUERIES
