@@ -311,3 +311,11 @@ def test_a_small_cache_shortens_the_default_context(family_model: Any) -> None:
             len(engine.generate([[5] * 100], greedy(max_tokens=100))[0].token_ids)
             == engine.max_model_len - 100
         )
+
+
+def test_a_start_says_where_its_seconds_went(model_dir: Path) -> None:
+    with Engine.load(model_dir) as engine:
+        startup = engine.model_info["startup_seconds"]
+        assert list(startup)[:2] == ["tokenizer", "weights"]
+        assert {"examine", "pack", "cache", "fuse", "test"} <= set(startup)
+        assert 0.5 * engine.load_seconds < sum(startup.values()) <= engine.load_seconds

@@ -21,6 +21,7 @@ from hearth.engine.pool import BlockPool
 from hearth.engine.runner import Runner
 from hearth.engine.scheduler import Scheduler
 from hearth.engine.swap import Costs, HostPool
+from hearth.engine.timeline import Timeline
 from hearth.engine.tp.collectives import Collectives
 from hearth.errors import ConfigError, EngineError
 
@@ -36,6 +37,7 @@ def assemble(
     num_blocks: int | None = None,
     shared_token_bytes: int = 0,
     group: Collectives | None = None,
+    timeline: Timeline | None = None,
 ) -> tuple[Runner, int, int]:
     """A tested runner, the number of blocks of its KV cache, and the longest sequence that it serves.
 
@@ -46,9 +48,12 @@ def assemble(
     settings do not fit it, `EngineError` if the memory does not suffice.
     """
     text_config = model.config.get_text_config(decoder=True)
-    specs = support.examine(model)
-    if config.weights != "auto" or (config.prepack and can_pack(model.dtype, model.device)):
-        pack_linears(model, weights=config.weights, use_native=config.native)
+    timeline = timeline or Timeline()
+    with timeline.stage("examine"):
+        specs = support.examine(model)
+    with timeline.stage("pack"):
+        if config.weights != "auto" or (config.prepack and can_pack(model.dtype, model.device)):
+            pack_linears(model, weights=config.weights, use_native=config.native)
     if num_blocks is None:
         token_bytes = sum(spec.bytes_per_token(model.dtype, config.kv_dtype) for _, spec in specs)
         num_blocks, max_model_len = size_pool(model, text_config, token_bytes + shared_token_bytes, config)
@@ -58,13 +63,17 @@ def assemble(
         assert config.max_model_len is not None
         max_model_len = config.max_model_len
     support.pin_rope(model, max_model_len)
-    runner = _make_runner(model, specs, num_blocks, config)
+    with timeline.stage("cache"):
+        runner = _make_runner(model, specs, num_blocks, config)
     if runner.layers[0].path != "torch" and not why_not_numba(model.dtype, model.device):
-        fuse_norms(model)
+        with timeline.stage("fuse"):
+            fuse_norms(model)
     vocab_size = int(text_config.vocab_size)
     if config.native and config.tensor_parallel == 1:
-        runner.stack = stack.install(model, runner, vocab_size, max_model_len)
-    runner.self_test(vocab_size, max_model_len)
+        with timeline.stage("fuse"):
+            runner.stack = stack.install(model, runner, vocab_size, max_model_len)
+    with timeline.stage("test"):
+        runner.self_test(vocab_size, max_model_len)
     runner.graphs = graphs.install(runner, max_model_len, config.max_num_seqs)
     return runner, num_blocks, max_model_len
 

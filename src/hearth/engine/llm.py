@@ -34,6 +34,7 @@ from hearth.engine.prompt_logprobs import max_positions, score_prompts
 from hearth.engine.request import Request
 from hearth.engine.sampler import SamplingState
 from hearth.engine.sequences import Sequence
+from hearth.engine.timeline import Timeline
 from hearth.errors import ConfigError, EngineError, RequestError
 from hearth.models import encode_text
 
@@ -46,13 +47,13 @@ class Engine:
     Not thread-safe: one thread adds requests and steps. `AsyncEngine` runs one in its own process.
     """
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+    def __init__(self, loaded: LoadedModel, config: EngineConfig, timeline: Timeline | None = None) -> None:
         """Take over ``loaded.model``: its linears are packed and its attention is replaced, in place.
 
         Raises `UnsupportedModelError` if the model cannot run, `ConfigError` if the settings do not fit it,
         `EngineError` if the memory does not suffice.
         """
-        started = time.perf_counter()
+        started, self.timeline = time.perf_counter(), timeline or Timeline()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         if config.tensor_parallel > 1 and loaded.leader is None:
@@ -68,7 +69,11 @@ class Engine:
         self._decode: Decode | None = None if loaded.tokenizer is None else decoder_of(loaded.tokenizer)
         draft = open_draft_model(loaded, config)
         self.runner, num_blocks, self.max_model_len = assemble(
-            model, config, shared_token_bytes=bytes_per_token(draft, config), group=loaded.group
+            model,
+            config,
+            shared_token_bytes=bytes_per_token(draft, config),
+            group=loaded.group,
+            timeline=self.timeline,
         )
         # A draft model shares the blocks, and its windows may be others.
         self.scheduler = make_scheduler(self.runner, num_blocks, config, allow_window=draft is None)
@@ -93,18 +98,19 @@ class Engine:
     @classmethod
     def load(cls, reference: str | Path, config: EngineConfig | None = None, **fields: Any) -> Engine:
         """Open a model (registry name, directory, ``hf:org/name``); ``fields`` are `EngineConfig`'s."""
-        started = time.perf_counter()
+        started, timeline = time.perf_counter(), Timeline()
         config = EngineConfig.of(**fields) if config is None else config.with_(**fields)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        loaded = load(reference, config)
+        loaded = load(reference, config, timeline)
         try:
-            engine = cls(loaded, config)
+            engine = cls(loaded, config, timeline)
         except BaseException:
             if loaded.leader is not None:
                 loaded.leader.close()
             raise
         engine.load_seconds = time.perf_counter() - started
+        logger.info("loaded %s in %.1f s: %s", reference, engine.load_seconds, timeline)
         return engine
 
     @classmethod
@@ -467,6 +473,10 @@ class Engine:
             "num_layers": len(self.runner.layers),
             "eos_token_ids": list(self.eos_ids),
             "attention": self.runner.layers[0].attention_name,
+            "layers": "module by module" if self.runner.stack is None else "compiled",
+            "weights": self.config.weights,
+            "kv_dtype": self.config.kv_dtype,
+            "startup_seconds": dict(self.timeline.seconds),
         }
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hearth.engine.config import EngineConfig
+from hearth.engine.timeline import Timeline
 from hearth.engine.tp.collectives import Collectives
 from hearth.engine.tp.leader import Leader
 from hearth.errors import ConfigError, EngineError
@@ -27,21 +28,24 @@ class LoadedModel:
     group: Collectives | None = None  # and what joins them; the model is rank 0's part
 
 
-def load(reference: str | Path, config: EngineConfig) -> LoadedModel:
+def load(reference: str | Path, config: EngineConfig, timeline: Timeline | None = None) -> LoadedModel:
     """Open ``reference`` (registry name, directory, hf:org/name) as `EngineConfig` asks for it."""
+    timeline = timeline or Timeline()
     path = resolve_reference(reference)
     device = choose_device(config.device)
-    tokenizer = load_tokenizer(path)
+    with timeline.stage("tokenizer"):
+        tokenizer = load_tokenizer(path)
     try:
         if config.tensor_parallel > 1:
             from hearth.engine.tp.start import start_ranks
 
             model, leader, group = start_ranks(path, config, device)
             return LoadedModel(model, tokenizer, path, leader, group)
-        model = load_model(path, dtype=config.dtype, device="cpu")
-        if config.dtype == "auto" and model.dtype is torch.float16 and device.type == "cpu":
-            model = model.float()
-        return LoadedModel(model.to(device), tokenizer, path)
+        with timeline.stage("weights"):
+            model = load_model(path, dtype=config.dtype, device="cpu")
+            if config.dtype == "auto" and model.dtype is torch.float16 and device.type == "cpu":
+                model = model.float()
+            return LoadedModel(model.to(device), tokenizer, path)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise EngineError(
             f"not enough memory to load {path}: {error}", fix="use a smaller model or a smaller dtype"
