@@ -127,9 +127,8 @@ def make_batch(
     rng.shuffle(free)
     step = StepContext(block_size, torch.device(device))
     layer = LayerKV(spec, step, len(free), dtype, path=path, kv_dtype=kv_dtype)
-    if path != "torch":  # what was never written must never be read
-        for part in layer.pool.parts:
-            part.fill_(float("nan") if part.is_floating_point() else 77)
+    for part in layer.pool.parts:  # what was never written must never be read
+        part.fill_(float("nan") if part.is_floating_point() else 77)
     return Batch(
         layer,
         lengths,

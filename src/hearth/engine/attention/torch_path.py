@@ -104,6 +104,9 @@ def _decode(
     values_NKLE = (
         _gather(pool.values, pool.value_scales, tables_NB, query_NHD.dtype).transpose(1, 2).flatten(2, 3)
     )
+    # Behind a sequence lies what the blocks held before; were it NaN, a weight of zero would not silence it.
+    behind_NL = (positions_L >= lengths_N[:, None])[:, None, :, None]
+    keys_NKLD, values_NKLE = keys_NKLD.masked_fill(behind_NL, 0), values_NKLE.masked_fill(behind_NL, 0)
     out = dot_product(
         spec, query_NHD.unsqueeze(2), keys_NKLD, values_NKLE, visible_NL[:, None, None], sinks_H
     )
