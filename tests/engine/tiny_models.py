@@ -103,6 +103,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
         "linear_conv_kernel_dim": 4,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
     },
     "reformer": {"axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
@@ -166,13 +171,14 @@ NOT_ALONE = {
     "gemma4_unified_assistant": "a drafter that reads the cache of another model",
     "musicgen": "writes codebooks of sound; its config holds three models and builds no decoder alone",
     "musicgen_melody": "writes codebooks of sound; its config holds three models and builds no decoder alone",
+    "qwen4_exp": "its config leaves sizes of its text model open; qwen4_exp_text is its language model",
     "dots3_note": "its config checks the sizes of three towers against each other; dots3_note_text is its "
     "language model",
 }
 
 
 def make_tiny(family: str) -> PreTrainedModel:
-    """A random model of ``family``, livelier than at its usual initialisation, where it repeats itself."""
+    """A random model of ``family``; raises `NotTinyError` with the reason."""
     if family in NOT_ALONE:
         raise NotTinyError(NOT_ALONE[family])
     config_class = CONFIG_MAPPING[family]
@@ -189,8 +195,19 @@ def make_tiny(family: str) -> PreTrainedModel:
         raise
     except Exception as error:
         raise NotTinyError(f"{type(error).__name__}: {error}") from error
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(3.0)
+    enliven(model)
     return model
+
+
+@torch.no_grad()
+def enliven(model: PreTrainedModel) -> None:
+    """Give weight to what starts at zero or one, as a trained model has it: biases, sinks, gates, norms.
+
+    At its usual initialisation a tiny model repeats itself, and what it adds as zero would pass unseen.
+    """
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and parameter.any():
+            parameter.mul_(3.0)
+        else:
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=0.2)
