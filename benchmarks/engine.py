@@ -18,7 +18,9 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +180,7 @@ class Benchmark:
             if name == "hearth":
                 command += ["--kv-cache-memory", str(POOL_BYTES), "--num-threads", str(self.threads)]
             try:
-                with replays.serving(command, port, environment, 240) as url:
+                with replays.serving(command, port, environment, 300) as url:
                     times = asyncio.run(replays.replay(url, arrivals, texts))
             except RuntimeError as error:
                 self.report.note(f"{name}: {error}")
@@ -267,6 +269,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
+    # A plain end would leave servers and runners behind, stopped ones for ever.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     benchmark = Benchmark(arguments)
     benchmark.run()
     stored = write_result(
