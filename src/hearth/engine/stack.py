@@ -33,6 +33,7 @@ from hearth.engine.native.decoder import (
     Norm,
     functions,
 )
+from hearth.engine.native.gemm import aligned_memory
 
 if TYPE_CHECKING:
     from hearth.engine.runner import Runner
@@ -114,15 +115,14 @@ class DecoderStack:
         )
         num_layers, step_ref = len(self.layers), ctypes.byref(step)
         needed = int(lib.hearth_decoder_workspace_bytes(self.layers, num_layers, step_ref))
-        if self._workspace.numel() < needed + 64:
-            self._workspace = torch.empty(needed + needed // 4 + 64, dtype=torch.uint8)
-        address = self._workspace.data_ptr()
+        if self._workspace.numel() < needed:
+            self._workspace = aligned_memory(needed + needed // 4)
         lib.hearth_decode(
             self.layers,
             num_layers,
             ctypes.byref(self.final_norm),
             step_ref,
-            address + -address % 64,
+            self._workspace.data_ptr(),
             torch.get_num_threads(),
         )
 

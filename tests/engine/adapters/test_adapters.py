@@ -145,9 +145,15 @@ def test_bfloat16_with_the_compiled_layers(tmp_path: Path, family_model: Any, pr
         peft = [narrow(torch.tensor([prompt])).logits[0, -1].float() for prompt in prompts]
     with Engine.from_model(family_model("llama", **changes).to(torch.bfloat16)) as engine:
         engine.load_adapter("a", path)
+        calls: list[int] = []
+        engine.runner.model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+        engine.generate(prompts, SamplingParams(max_tokens=1, temperature=0))
+        assert len(calls) == (0 if engine.runner.stack else 1)
+        calls.clear()
         for i, prompt in enumerate(prompts):
             engine.add_request(str(i), prompt, SamplingParams(max_tokens=1, temperature=0, adapter="a"))
         logits = engine.runner.execute(engine.scheduler.schedule())
+        assert len(calls) == 1
     # So livened up, these models are far from float32 in bfloat16, whoever computes.
     error = sum(distance(got, want) for got, want in zip(logits, wanted, strict=True))
     assert error < 1.3 * sum(distance(got, want) for got, want in zip(peft, wanted, strict=True))

@@ -46,7 +46,6 @@ struct AttentionArgs {
   int64_t query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride;
   int64_t out_stride, out_head_stride;
   void* workspace;  // attention_workspace_bytes(args) bytes, aligned to 64
-
 };
 
 // Put the step's keys and values into their slots: the share of one thread. Also readies the workspace.

@@ -2,8 +2,6 @@
 
 #include <omp.h>
 
-#include <cstring>
-
 namespace hearth {
 namespace {
 
@@ -63,7 +61,7 @@ size_t lay_out(const DecoderLayer* layers, int64_t num_layers, const DecoderStep
     return at;
   };
   int64_t T = step.num_tokens, hidden = round_up(step.hidden_size, 32);
-  b->attention = take(attention);  // first: its counters stay zero from call to call
+  b->attention = take(attention);
   b->normed = (bf16*)take(T * hidden * 2);
   b->projected = (bf16*)take(T * hidden * 2);
   b->qkv = (bf16*)take(T * b->qkv_width * 2);
@@ -199,9 +197,6 @@ void decode(const DecoderLayer* layers, int64_t num_layers, const Norm& final_no
             void* workspace, int num_threads) {
   Buffers buffers;
   lay_out(layers, num_layers, step, (char*)workspace, &buffers);
-  // Where the counters end depends on the step, and rows of the last one may lie there now.
-  for (int64_t i = 0; i < num_layers; i++)
-    memset(buffers.attention, 0, attention_counter_bytes(with_step(layers[i], step, buffers)));
 #pragma omp parallel num_threads(num_threads)
   {
     TileGuard tiles;

@@ -161,15 +161,17 @@ def quantize_int4(weight_NK: torch.Tensor, group: int = 64) -> Int4Weight:
 
 
 def _allocate(kind: int, num_outputs: int, num_inputs: int, group: int) -> torch.Tensor:
-    """Memory for packed weights, aligned, on huge pages where the system gives them."""
-    lib = functions()
-    num_bytes = lib.hearth_packed_bytes(kind, num_outputs, num_inputs, group)
+    return aligned_memory(functions().hearth_packed_bytes(kind, num_outputs, num_inputs, group))
+
+
+def aligned_memory(num_bytes: int) -> torch.Tensor:
+    """Bytes that begin at a cache line, or, if they are many, at a huge page where the system gives them."""
     align = _HUGE_PAGE if num_bytes >= _HUGE_PAGE // 2 else 64
     storage = torch.empty(num_bytes + align, dtype=torch.uint8)
     begin = -storage.data_ptr() % align
-    packed = storage[begin : begin + num_bytes]
-    lib.hearth_advise_huge(packed.data_ptr(), num_bytes)
-    return packed
+    aligned = storage[begin : begin + num_bytes]
+    functions().hearth_advise_huge(aligned.data_ptr(), num_bytes)
+    return aligned
 
 
 def _rows(weight_NK: torch.Tensor) -> torch.Tensor:
