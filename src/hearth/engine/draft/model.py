@@ -88,7 +88,7 @@ class ModelDrafter:
         """What the sequences lack, within the budget of a step: first those that are to get drafts."""
         budget = self.max_num_batched_tokens
         rows, usual = [], True
-        prompts = [r for r in running if not (r.is_decoding and r.num_output_tokens)]
+        prompts = [r for r in running if r.pooling is None and not (r.is_decoding and r.num_output_tokens)]
         for request in [*counts, *prompts]:
             progress = self._sync(request)
             wanted = (
