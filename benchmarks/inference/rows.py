@@ -64,16 +64,17 @@ def running(
                 continue
             progress(f"loading {spec.name}")
             competitor = Competitor(spec)
+            alive.append(competitor)  # from now on it is closed whatever happens
             try:
                 competitor.load()
                 if spec.peer in ("hearth", "vllm"):
                     competitor.generate(fill, 1)
             except CompetitorFailed as error:
                 report.note(str(error))
+                alive.remove(competitor)
                 competitor.kill()
                 continue
             competitor.pause()
-            alive.append(competitor)
             report.facts[f"{spec.name}, {label}"] = competitor.facts
         yield alive
     finally:
