@@ -46,7 +46,28 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256},
     "gpt_neox": {},
     "stablelm": {},
-}
+    "gemma": {"head_dim": 16},
+    "cohere2": {"sliding_window": 8, "layer_types": MIXED_LAYERS},
+    "glm4": {"head_dim": 16},
+    "granite": {},
+    "phi": {},
+    "deepseek_v3": {  # latent attention: the dims of keys and values differ
+        "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "head_dim": 8,
+        "v_head_dim": 16, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    },
+    "gemma3n_text": {  # the last layers attend to keys and values of earlier ones
+        "head_dim": 16, "sliding_window": 8, "num_hidden_layers": 6, "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 3, "intermediate_size": [96] * 6,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0, 0.0, 0.0], "vocab_size_per_layer_input": 320,
+        "hidden_size_per_layer_input": 8, "laurel_rank": 8,
+    },
+    "longcat_flash": {  # two attentions a layer, and a router that reads a linear layer's weight
+        "num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "n_routed_experts": 4,
+        "zero_expert_num": 2, "moe_topk": 2, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4,
+    },
+}  # fmt: skip
 GPT2_HAS_OTHER_NAMES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings",
@@ -55,6 +76,8 @@ GPT2_HAS_OTHER_NAMES = (
 
 def make_model(family: str, **changes: Any) -> PreTrainedModel:
     fields = {**COMMON, **FAMILIES.get(family, {}), **changes}
+    if family == "longcat_flash":
+        del fields["num_hidden_layers"]
     if family == "gpt2":
         for name in GPT2_HAS_OTHER_NAMES:
             fields.pop(name, None)

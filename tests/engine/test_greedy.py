@@ -9,7 +9,7 @@ import torch
 
 from hearth.engine import Engine, SamplingParams
 
-GREEDY = SamplingParams(max_tokens=48, temperature=0)
+GREEDY = SamplingParams(max_tokens=64, temperature=0)
 # How the same tokens may be computed: each is another path through scheduler, cache and kernels.
 PATHS: dict[str, dict[str, Any]] = {
     "one budget for all": {},
@@ -29,7 +29,7 @@ def test_greedy_equals_transformers(
     family: str, family_model: Any, prompts: list[list[int]], transformers_tokens: Any
 ) -> None:
     model = family_model(family)
-    expected = transformers_tokens(model, prompts, 48)
+    expected = transformers_tokens(model, prompts, 64)
     assert len({tuple(tokens) for tokens in expected}) > 2, "the model says the same to everything"
     with Engine.from_model(model, max_num_batched_tokens=64) as engine:
         completions = engine.generate(prompts, GREEDY)
@@ -56,10 +56,10 @@ def test_same_tokens_after_preemption(
     family_model: Any, prompts: list[list[int]], transformers_tokens: Any
 ) -> None:
     model = family_model("qwen3")
-    expected = transformers_tokens(model, prompts, 48)
+    expected = transformers_tokens(model, prompts, 64)
     bytes_per_token = 3 * 2 * 2 * 24 * 4  # layers x (keys and values) x heads x dim x float32
     with Engine.from_model(
-        model, block_size=4, max_model_len=100, kv_cache_memory=bytes_per_token * 104
+        model, block_size=4, max_model_len=104, kv_cache_memory=bytes_per_token * 104
     ) as engine:
         for i, prompt in enumerate(prompts):
             engine.add_request(str(i), prompt, GREEDY)

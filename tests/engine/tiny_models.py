@@ -209,5 +209,5 @@ def enliven(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.dim() > 1 and parameter.any():
             parameter.mul_(3.0)
-        else:
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=0.2)
+        else:  # little, or a bias alone would choose the token
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=0.05)
