@@ -16,8 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "src" / "hearth").rglob("*.py"))
 MAX_LINES = 600
 MAX_FUNCTION_LINES = 60
-# One loop nest over constants that numba compiles in: cut into functions it would say less and run slower.
-LONGER_FUNCTIONS = {"attention/numba_kernels.py": {"make_kernel": 100, "kernel": 85}}
+# One loop nest over constants that numba or Triton compile in: cut into functions it would say less and run
+# slower. A third of Triton's are its parameters.
+LONGER_FUNCTIONS = {
+    "attention/numba_kernels.py": {"make_kernel": 100, "kernel": 85},
+    "attention/triton_kernels.py": {"attend_kernel": 120},
+}
 
 
 def run_python(code: str) -> str:
