@@ -88,7 +88,15 @@ def run(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> lis
 
 # -- the same tokens -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["ngram", "noisy"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "gpt2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "mistral",
+        "gpt2",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("qwen3", "gemma2", "mixtral", "gpt_oss")),
+    ],
+)
 def test_greedy_tokens_are_the_same(
     family: str, kind: str, family_model: Any, prompts: list[list[int]], draft_dir: Any
 ) -> None:
@@ -117,7 +125,9 @@ PATHS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=pytest.mark.slow) if p == "compiled kernels" else p for p in PATHS]
+)
 @pytest.mark.parametrize("kind", ["ngram", "noisy", "other"])
 def test_same_tokens_by_every_path(
     path: str, kind: str, family_model: Any, prompts: list[list[int]], draft_dir: Any
@@ -227,6 +237,7 @@ def test_every_parameter_means_the_same(
             assert [token for token, _ in b.top] == [token for token, _ in a.top]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ngram", "noisy"])
 def test_draws_without_a_seed_have_the_same_distribution(
     kind: str, family_model: Any, tokenizer: Any, tmp_path: Path
@@ -400,7 +411,7 @@ def commit_step(
             scheduler.settle(request)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32))
 def test_drafts_take_nothing_from_others(seed: int) -> None:
     rng = random.Random(seed)
@@ -428,7 +439,8 @@ def test_drafts_take_nothing_from_others(seed: int) -> None:
         if fits:
             assert not plan.preempted, "drafts must not cost anyone its blocks"
         assert plan.num_tokens <= budget
-        assert sum(row.num_drafts for row in plan.rows) == num_drafts
+        # The scheduler itself may cut more of them, to keep blocks for the sequences that come next.
+        assert sum(row.num_drafts for row in plan.rows) <= num_drafts
         if num_drafts:
             assert {r.key for r in running} <= {row.request.key for row in plan.rows}
         commit_step(scheduler, plan, [0, 0, 1, 5], rng, done)
@@ -445,6 +457,7 @@ def record_of(plain: list[Sample], drafted: list[Sample], **fields: Any) -> Batc
     return BatchRecord(deque(plain), deque(drafted), **fields)
 
 
+@settings(deadline=None)
 @given(positive, positive, st.floats(1.0, 8.0), st.booleans(), positive)
 def test_pays_is_a_comparison_of_rates(
     plain_seconds: float, drafted_seconds: float, tokens: float, is_on: bool, unit: float
@@ -466,6 +479,7 @@ def test_pays_is_a_comparison_of_rates(
             assert answer(tokens, plain_seconds * unit, drafted_seconds * unit)
 
 
+@settings(deadline=None)
 @given(st.floats(0.05, 5.0), st.floats(0.0, 4.0), st.integers(1, 300))
 def test_the_gate_finds_the_better_way_and_keeps_to_it(cost: float, accepted: float, batch: int) -> None:
     """A step with drafts takes 1 + ``cost`` and gains 1 + ``accepted`` tokens a sequence."""
@@ -529,6 +543,7 @@ def test_no_drafts_above_a_batch_size_where_they_lose() -> None:
     assert 0 < tried <= 5, "tried again now and then"
 
 
+@settings(deadline=None)
 @given(st.integers(1, 100_000))
 def test_batches_that_are_judged_together_are_of_similar_size(num_sequences: int) -> None:
     key = batch_key(num_sequences)

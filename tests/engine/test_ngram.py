@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hearth.engine.draft.ngram import LONGEST, NgramDrafter, NgramIndex
@@ -22,6 +22,7 @@ def search(tokens: list[int], count: int) -> list[int]:
     return []
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.lists(st.integers(1, 7)), st.integers(1, 6))
 def test_lookup_is_the_same_as_a_search(tokens: list[int], strides: list[int], count: int) -> None:
     index = NgramIndex()

@@ -19,7 +19,7 @@ from hearth.engine.tp.layers import GatheredColumns, RowParallel
 from hearth.engine.tp.sharding import Cut, find_cuts, linear_of, own_part
 from hearth.errors import ModelError
 from hearth.models import load_model, resolve_dtype
-from hearth.models.loading import load_config, weight_files
+from hearth.models.loading import load_config, read_safetensors_header, weight_files
 
 # (name of a tensor, dimension to cut or None) -> what this rank holds of it
 Read = Callable[[str, int | None], torch.Tensor]
@@ -70,6 +70,7 @@ def _reader(
     """How to get tensors: slices of the files, if they have the model's names, else of a whole model."""
     where: dict[str, Any] = {}
     for file in weight_files(path):
+        read_safetensors_header(file)  # says what is wrong with a damaged one
         handle = stack.enter_context(safe_open(file, framework="pt"))
         where.update(dict.fromkeys(handle.keys(), handle))
     needed = {name for name, _ in model.named_parameters()}
