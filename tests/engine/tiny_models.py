@@ -92,6 +92,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "jetmoe": {"tie_word_embeddings": False},  # tied, it repeats its input
     "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
