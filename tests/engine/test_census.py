@@ -14,7 +14,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 CENSUS = Path(__file__).parent / "census.py"
 REASONS = (
     "state|layers of type|interface|position_ids|several times|encoder-decoder|ALiBi|not causal|looks ahead|"
-    "attention takes|first forward pass|differ from its own|cache"
+    "attention takes|of its own|first forward pass|differ from its own|cache"
 )
 
 
