@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hearth.engine.memory import MappedFiles, _cgroup_free, available_memory
+from hearth.engine.memory import MappedFiles, available_memory
+from hearth.telemetry.hardware import _cgroup_free
 
 
 def test_a_container_leaves_its_limit_without_what_can_be_dropped(tmp_path: Path) -> None:

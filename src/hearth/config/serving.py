@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 
-from hearth.config.recipe import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from hearth.config.recipe import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -65,6 +65,17 @@ class ServeConfig(Section):
     api_keys: tuple[SecretStr, ...] = Field(
         (), description="Further keys that are accepted; giving any turns require_api_keys on."
     )
+    admin_key: SecretStr | None = Field(
+        None,
+        description="Key of the operator, who may load and unload models and adapters of the running server. "
+        "Without one, only a server on 127.0.0.1 that requires no keys lets them be changed.",
+    )
+    max_models: PositiveInt | None = Field(None, description="Models that may be loaded at once.")
+    idle_unload_seconds: NonNegativeFloat = Field(
+        0.0,
+        description="A model without requests for so long gives its memory back; its next request loads it "
+        "again, and waits. 0: never.",
+    )
     allow_ungated: bool = Field(
         False,
         description="Serve versions of the registry that have not passed the parity gate, with a warning.",
@@ -76,7 +87,7 @@ class ServeConfig(Section):
     request_timeout: PositiveFloat = Field(600.0, description="Seconds until a request is given up.")
     startup_timeout: PositiveFloat = Field(600.0, description="Seconds a worker may take to load its model.")
     drain_timeout: PositiveFloat = Field(
-        30.0, description="Seconds that running requests get to finish when the server stops."
+        30.0, description="Seconds that running requests get when the server stops, or their model leaves."
     )
     health_interval: PositiveFloat = Field(1.0, description="Seconds between two checks of a worker.")
     health_timeout: PositiveFloat = Field(
@@ -107,6 +118,12 @@ class ServeConfig(Section):
             raise ValueError(f"two models are called {twice[0]!r}; give one of them another name")
         if any(len(key.get_secret_value().strip()) < 8 for key in self.api_keys):
             raise ValueError("api_keys holds a key of fewer than 8 characters")
+        if self.admin_key is not None and len(self.admin_key.get_secret_value().strip()) < 8:
+            raise ValueError("admin_key has fewer than 8 characters")
+        if self.admin_key is not None and self.admin_key in self.api_keys:
+            raise ValueError("admin_key is one of api_keys: then everyone would be the operator")
+        if self.max_models is not None and len(self.models) > self.max_models:
+            raise ValueError(f"there are {len(self.models)} models, and max_models is {self.max_models}")
         return self
 
     @property

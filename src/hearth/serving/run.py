@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import json
 import os
 import shutil
@@ -23,8 +24,10 @@ from hearth.config import ServeConfig, ServedModel
 from hearth.errors import ConfigError, Interrupted
 from hearth.serving.gateway.access import Access
 from hearth.serving.gateway.app import Gateway
+from hearth.serving.gateway.fleet import Fleet, Limits
+from hearth.serving.gateway.memory import claim
 from hearth.serving.gateway.policy import RestartPolicy
-from hearth.serving.gateway.supervisor import Worker, WorkerSpec
+from hearth.serving.gateway.supervisor import WorkerSpec
 from hearth.serving.resolve import Resolved, resolve_models
 from hearth.serving.servers import Server, bind, make_server
 from hearth.telemetry import logs
@@ -57,9 +60,9 @@ def serve(config: ServeConfig, *, on_ready: Callable[[Ready], None], note: Calla
             models = resolve_models(config.models, allow_ungated=config.allow_ungated, note=note)
             folder = Path(tempfile.mkdtemp(prefix="hearth-"))  # short: a socket's path has 107 bytes at most
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            if access.required is False and config.host not in ("127.0.0.1", "::1", "localhost"):
+            if access.required is False and not _is_loopback(config.host):
                 note(f"WARNING: {config.host} is reachable from outside and no API keys are required")
-            session = _Session(config, models, access, sock, folder)
+            session = _Session(config, models, access, sock, folder, note)
             asyncio.run(session.run(on_ready, [("resolve", time.monotonic() - started)]))
     finally:
         sock.close()
@@ -80,15 +83,25 @@ def _bind(config: ServeConfig) -> socket.socket:
 
 def _access(config: ServeConfig, stack: contextlib.ExitStack) -> Access:
     static = [key.get_secret_value() for key in config.api_keys]
+    admin = None if config.admin_key is None else config.admin_key.get_secret_value().strip()
+    loopback = _is_loopback(config.host)
     if not config.require_api_keys:
-        return Access(static)
+        return Access(static, admin_key=admin, loopback=loopback)
     keys = stack.enter_context(Workspace.open()).keys
     if not static and not any(key.active for key in keys.list()):
         raise ConfigError(
             "require_api_keys is set and the workspace has no active key: nobody could use the server",
             fix="create one with `hearth keys create NAME`",
         )
-    return Access(static, lambda secret: keys.verify(secret) is not None)
+    return Access(static, lambda secret: keys.verify(secret) is not None, admin_key=admin, loopback=loopback)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
 
 
 class _Session:
@@ -101,12 +114,14 @@ class _Session:
         access: Access,
         sock: socket.socket,
         folder: Path,
+        note: Callable[[str], None],
     ) -> None:
         self._config = config
         self._models = models
         self._access = access
         self._sock = sock
         self._folder = folder
+        self._note = note
         self._num_signals = 0
         self._num_cut = 0  # requests that were open when they were ended by force
 
@@ -120,8 +135,11 @@ class _Session:
             request_timeout=config.request_timeout,
             cors_origins=config.cors_origins,
         )
+        limits = Limits(config.max_models, config.drain_timeout)
+        fleet = Fleet(gateway, self._folder, lambda model: _spec(model, config), limits, claim)
+        gateway.attach(fleet, self._resolve)
         for model in self._models:
-            gateway.add(Worker(_spec(model, config), self._folder, gateway.on_change))
+            fleet.begin(model)
         # The gateway aborts what is left after drain_timeout; uvicorn's own limit is only a backstop.
         server = make_server(gateway.asgi, drain_seconds=config.drain_timeout + 5)
         stop = asyncio.Event()
@@ -130,22 +148,26 @@ class _Session:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, stop, gateway)
         serving = asyncio.create_task(server.serve([self._sock]))
-        runs = [asyncio.create_task(worker.run()) for worker in gateway.workers]
         stopping = asyncio.create_task(stop.wait())
         try:
             if not await self._until_ready(gateway, serving, stopping):
                 raise Interrupted("stopped before the server was ready")
+            fleet.is_open = True
             on_ready(self._ready(gateway, timeline))
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 serving.result()
+            fleet.give_up_loads()
             await self._drain(gateway, server, serving)
         finally:
             server.should_exit = server.force_exit = True
-            await asyncio.gather(*(worker.stop() for worker in gateway.workers))
-            for task in (*runs, stopping, serving):
+            await fleet.close()
+            for task in (stopping, serving):
                 task.cancel()
-            await asyncio.gather(*runs, stopping, serving, return_exceptions=True)
+            await asyncio.gather(stopping, serving, return_exceptions=True)
+
+    def _resolve(self, entry: ServedModel) -> Resolved:
+        return resolve_models([entry], allow_ungated=self._config.allow_ungated, note=self._note)[0]
 
     def _on_signal(self, stop: asyncio.Event, gateway: Gateway) -> None:
         self._num_signals += 1
@@ -153,7 +175,7 @@ class _Session:
         stop.set()
         if self._num_signals > 1:  # whoever asks twice does not want to wait
             self._num_cut = self._num_cut or gateway.num_open
-            gateway.proxy.abort_all()
+            gateway.abort_all()
 
     async def _until_ready(
         self, gateway: Gateway, serving: asyncio.Task[None], stopping: asyncio.Task[bool]
@@ -201,7 +223,7 @@ class _Session:
         log.info("draining", extra=logs.fields(open=gateway.num_open, seconds=self._config.drain_timeout))
         await asyncio.wait({serving}, timeout=self._config.drain_timeout)
         num_open = self._num_cut or gateway.num_open
-        gateway.proxy.abort_all()
+        gateway.abort_all()
         await asyncio.wait({serving}, timeout=2.0)
         if num_open:
             raise Interrupted(f"stopped while {num_open} requests were open")
@@ -236,5 +258,6 @@ def _spec(model: Resolved, config: ServeConfig) -> WorkerSpec:
         start_timeout=config.startup_timeout,
         health_interval=config.health_interval,
         health_timeout=config.health_timeout,
+        idle_seconds=config.idle_unload_seconds,
         policy=RestartPolicy(backoff=config.restart_backoff, limit=config.restart_limit),
     )

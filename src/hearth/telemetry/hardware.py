@@ -92,6 +92,38 @@ def _memory_bytes() -> int:
     return int(psutil.virtual_memory().total)
 
 
+def available_host_memory() -> int:
+    """Bytes of memory that can still be allocated, within the limits of the container."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    limit = _cgroup_free()
+    return available if limit is None else min(available, limit)
+
+
+def _cgroup_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the control group of this process leaves, if it has a limit (cgroup v2, then v1).
+
+    Its usage counts files that were read, such as the weights; what the kernel would drop of them is free.
+    """
+    for limit, usage, stat, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ):
+        try:
+            left = int((root / limit).read_text()) - int((root / usage).read_text())
+            counts = dict(line.split() for line in (root / stat).read_text().splitlines())
+            return max(0, left + int(counts.get(cached, 0)))
+        except (OSError, ValueError):
+            continue  # absent, or the word "max"
+    return None
+
+
 def _find_gpus() -> list[Gpu]:
     if shutil.which("nvidia-smi") is None:
         return []

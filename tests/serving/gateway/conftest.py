@@ -78,7 +78,7 @@ async def start(
 ) -> AsyncIterator[Running]:
     """Run a gateway over ``specs``."""
     values: dict = {"max_queue": 8, "max_body_bytes": 10_000, "request_timeout": 30.0, **options}
-    gateway = Gateway(access=access or Access(), **values)
+    gateway = Gateway(access=access or Access(loopback=True), **values)
     folder = Path(tempfile.mkdtemp(prefix="hearth-test-"))
     for each in specs or (spec(),):
         gateway.add(Worker(each, folder, gateway.on_change))

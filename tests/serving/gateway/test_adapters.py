@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
-from hearth.serving.gateway.access import Access
-from hearth.serving.gateway.adapters import AdapterRoutes
-from hearth.serving.http import Envelope
-
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 
@@ -70,27 +64,3 @@ async def test_a_restart_loads_them_again(start_gateway) -> None:
         await running.until(lambda: worker.state == "ready" and worker.pid != first)
         assert worker.adapters == {"polite": "somewhere"}
         assert (await running.post(model="polite", prompt="hi"))[0] == 200
-
-
-@pytest.mark.parametrize(("keys", "status"), [([], 403), (["secret-key-1"], 400)])
-async def test_without_keys_only_this_machine_loads(keys: list[str], status: int) -> None:
-    """With keys the guard before it has asked for one; here the body is what is wrong."""
-    sent: list[dict] = []
-
-    class Models:
-        max_body_bytes = 100
-        workers: tuple = ()
-
-    async def send(message) -> None:
-        sent.append(message)
-
-    async def receive() -> dict:
-        return {"type": "http.request", "body": b"{}"}
-
-    scope = {
-        "type": "http", "path": LOAD, "client": ("192.0.2.7", 1), "state": {},
-        "headers": [(b"content-type", b"application/json")],
-    }  # fmt: skip
-    app = Envelope(AdapterRoutes(Models(), Access(keys)).answer, lambda *_: None)
-    await app(scope, receive, send)
-    assert sent[0]["status"] == status

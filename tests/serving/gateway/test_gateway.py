@@ -308,7 +308,7 @@ async def test_draining_refuses_new_requests_and_aborting_ends_open_ones(start_g
         assert (await running.get("/readyz"))[0] == 503
         status, body, _ = await running.post(prompt="hi")
         assert (status, body["error"]["code"]) == (503, "shutting_down")
-        running.gateway.proxy.abort_all()
+        running.gateway.abort_all()
         status, body, _ = await open_request
         assert (status, body["error"]["code"]) == (503, "shutting_down")
 

@@ -1,4 +1,9 @@
-"""Who may use the server: API keys of the workspace and of the configuration."""
+"""Who may use the server: API keys of the workspace and of the configuration, and one key of its operator.
+
+An API key lets one ask the models. What changes the server (loading and unloading of models and adapters,
+which reads its disk and takes its memory) takes the operator's own key, ``admin_key``. Only a server that
+nobody else can reach, and that asks nobody for a key, does without.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ import hashlib
 import hmac
 import time
 from collections.abc import Callable, Iterable
+
+from starlette.types import Scope
 
 from hearth.serving.http import HttpError
 
@@ -18,12 +25,33 @@ def _digest(secret: str) -> bytes:
     return hashlib.sha256(secret.encode()).digest()
 
 
-class Access:
-    """Checks ``Authorization: Bearer …``. Without keys and without a store everyone may pass."""
+def _secret(authorization: str) -> str:
+    scheme, _, secret = authorization.partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else ""
 
-    def __init__(self, static_keys: Iterable[str] = (), verify: Callable[[str], bool] | None = None) -> None:
+
+def _no_key() -> HttpError:
+    return HttpError(401, "no API key: send the header Authorization: Bearer KEY", code="missing_api_key")
+
+
+class Access:
+    """Checks ``Authorization: Bearer …``. Without keys and without a store everyone may pass.
+
+    loopback: whether the server can be reached from this machine only.
+    """
+
+    def __init__(
+        self,
+        static_keys: Iterable[str] = (),
+        verify: Callable[[str], bool] | None = None,
+        *,
+        admin_key: str | None = None,
+        loopback: bool = False,
+    ) -> None:
         self._static = [_digest(key) for key in static_keys]
         self._verify = verify
+        self._admin = None if admin_key is None else _digest(admin_key)
+        self._loopback = loopback
         self._valid_until: dict[bytes, float] = {}
 
     @property
@@ -36,13 +64,33 @@ class Access:
         if not self.required:
             return
         if not authorization:
-            raise HttpError(
-                401, "no API key: send the header Authorization: Bearer KEY", code="missing_api_key"
-            )
-        scheme, _, secret = authorization.partition(" ")
-        secret = secret.strip()
-        if scheme.lower() != "bearer" or not secret or not await self._is_valid(secret):
+            raise _no_key()
+        secret = _secret(authorization)
+        if not secret or not (self._is_admin(secret) or await self._is_valid(secret)):
             raise HttpError(401, "the API key is not valid, or was revoked", code="invalid_api_key")
+
+    def check_admin(self, scope: Scope) -> None:
+        """Return if the request may change the server; HttpError 401 or 403 otherwise."""
+        headers = dict(scope["headers"])
+        if self._admin is not None:
+            authorization = headers.get(b"authorization", b"").decode("latin-1")
+            if not authorization:
+                raise _no_key()
+            if not self._is_admin(_secret(authorization)):
+                raise HttpError(403, "this takes the key of the operator (admin_key)", code="not_allowed")
+            return
+        if self.required or not self._loopback:
+            raise HttpError(
+                403,
+                "models and adapters are not changed from outside: the server was started without admin_key "
+                "(HEARTH_SERVE__ADMIN_KEY)",
+                code="not_allowed",
+            )
+        if b"origin" in headers:  # sent by browsers: any page that the operator looks at could ask
+            raise HttpError(403, "without admin_key this is not for browsers", code="not_allowed")
+
+    def _is_admin(self, secret: str) -> bool:
+        return self._admin is not None and hmac.compare_digest(_digest(secret), self._admin)
 
     async def _is_valid(self, secret: str) -> bool:
         digest = _digest(secret)

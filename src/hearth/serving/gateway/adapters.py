@@ -24,11 +24,11 @@ from hearth.serving.protocol import LoadAdapterRequest, UnloadAdapterRequest
 from hearth.telemetry import logs
 
 if TYPE_CHECKING:
+    from hearth.serving.gateway.fleet import Fleet
     from hearth.serving.gateway.supervisor import Worker
 
 log = logs.get_logger("gateway")
 LOAD_PATH, UNLOAD_PATH = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-_LOCAL = ("127.0.0.1", "::1")
 _TIMEOUT = aiohttp.ClientTimeout(total=300.0)
 
 
@@ -36,6 +36,7 @@ class Models(Protocol):
     """What is used of the gateway."""
 
     max_body_bytes: int
+    fleet: Fleet | None
 
     @property
     def workers(self) -> list[Worker]: ...
@@ -43,7 +44,7 @@ class Models(Protocol):
 
 
 class AdapterRoutes:
-    """Endpoints of the operator. Without API keys only this machine may use them: they read its disk."""
+    """Endpoints of the operator: they read the disk."""
 
     def __init__(self, models: Models, access: Access) -> None:
         self._models = models
@@ -52,11 +53,7 @@ class AdapterRoutes:
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request to load or to unload."""
         try:
-            client = scope.get("client")
-            if not self._access.required and (client is None or client[0] not in _LOCAL):
-                raise HttpError(
-                    403, "without API keys adapters are loaded from this machine only", code="not_allowed"
-                )
+            self._access.check_admin(scope)
             body = await read_json_body(scope, receive, self._models.max_body_bytes)
             await self._forward(scope, body, send)
         except ClientGone:
@@ -70,6 +67,11 @@ class AdapterRoutes:
         request = decode(body, LoadAdapterRequest) if loads else decode(body, UnloadAdapterRequest)
         name = request.lora_name
         worker = self._worker_for(name, request.model, loads=loads)
+        fleet = self._models.fleet
+        if fleet is not None and fleet.is_loading(worker.spec.name):
+            raise HttpError(
+                409, f"{worker.spec.name!r} is being replaced; wait for it", code="already_loading"
+            )
         session = worker.session
         if session is None or worker.state != "ready":
             raise unavailable(worker)

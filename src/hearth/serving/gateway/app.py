@@ -11,8 +11,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hearth.config import ServedModel
 from hearth.serving.gateway.access import Access
 from hearth.serving.gateway.adapters import LOAD_PATH, UNLOAD_PATH, AdapterRoutes
+from hearth.serving.gateway.fleet import Fleet
+from hearth.serving.gateway.models import PATHS, ModelRoutes
 from hearth.serving.gateway.pages import Pages
 from hearth.serving.gateway.proxy import Proxy, unavailable
 from hearth.serving.gateway.supervisor import Worker
@@ -26,12 +29,14 @@ from hearth.serving.http import (
     to_http_error,
 )
 from hearth.serving.protocol import routing_fields
+from hearth.serving.resolve import Resolved
 from hearth.telemetry import logs
 from hearth.telemetry.metrics import GatewayMetrics
 from hearth.version import __version__
 
 log = logs.get_logger("gateway")
 
+ANSWERING = ("ready", "asleep")  # now, or after a moment that the request waits
 # Without a key: what probes and scrapers of the operator's own network need. They show no text.
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/metrics"})
 GENERATION_PATHS = (
@@ -41,7 +46,7 @@ GENERATION_PATHS = (
 
 
 class Gateway:
-    """All models of one server. ``asgi`` is the application; ``workers`` is filled before it serves."""
+    """All models of one server. ``asgi`` is the application; ``workers`` are those that take requests."""
 
     def __init__(
         self,
@@ -55,11 +60,13 @@ class Gateway:
         self.workers: list[Worker] = []
         self.metrics = GatewayMetrics(__version__)
         self.proxy = Proxy(self.metrics, request_timeout=request_timeout)
+        self.fleet: Fleet | None = None  # if models may come and go
+        self._request_timeout = request_timeout
+        self._access = access
         self.draining = False
         self._max_queue = max_queue
         self.max_body_bytes = max_body_bytes
         self._by_name: dict[str, Worker] = {}
-        self.in_flight: dict[str, int] = {}  # sequences, by model
         self._num_open = 0
         routes = [Route(path, _RawRoute(self.answer), methods=["POST"]) for path in GENERATION_PATHS]
         adapters = AdapterRoutes(self, access)
@@ -78,44 +85,71 @@ class Gateway:
             Route("/metrics", pages.metrics),
         ]
         handlers = {HTTPException: handle_http_error, HttpError: handle_http_error}
-        inner = Starlette(routes=routes, exception_handlers=handlers)
-        guarded: ASGIApp = _Guard(inner, access)
+        self._inner = Starlette(routes=routes, exception_handlers=handlers)
+        guarded: ASGIApp = _Guard(self._inner, access)
         if cors_origins:  # outside the guard: a browser's preflight request carries no key
             guarded = CORSMiddleware(
                 guarded, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"]
             )
         self.asgi: ASGIApp = Envelope(guarded, self._on_done)
 
+    def attach(self, fleet: Fleet, resolve: Callable[[ServedModel], Resolved]) -> None:
+        """Let the operator load and unload models of ``fleet``."""
+        self.fleet = fleet
+        models = ModelRoutes(fleet, self._access, resolve, self.max_body_bytes)
+        self._inner.router.routes.extend(
+            Route(path, _RawRoute(models.answer), methods=["POST"]) for path in PATHS
+        )
+
     def add(self, worker: Worker) -> None:
         """Serve ``worker`` under all its names."""
-        self.workers.append(worker)
-        self.metrics.register_model(worker.spec.name)
-        self.in_flight[worker.spec.name] = 0
-        self._by_name.update(dict.fromkeys(worker.spec.names, worker))
+        self.replace(None, worker)
+
+    def replace(self, old: Worker | None, new: Worker | None) -> None:
+        """Send the requests for ``old`` to ``new``, which has the same name, from now on. None: no worker."""
+        workers = [worker for worker in self.workers if worker is not old]
+        if new is not None:
+            workers.insert(len(workers) if old is None else self.workers.index(old), new)
+            if old is None:
+                self.metrics.register_model(new.spec.name)
+            self.metrics.worker_up.labels(new.spec.name).set(int(new.state == "ready"))
+        elif old is not None:
+            self.metrics.worker_up.labels(old.spec.name).set(0)
+        self.workers = workers
+        self._by_name = {name: worker for worker in workers for name in worker.spec.names}
 
     def on_change(self, worker: Worker) -> None:
         """A worker changed its state."""
+        if worker not in self.workers:
+            return  # what still loads, or leaves, is not the model's worker
         name = worker.spec.name
         self.metrics.worker_up.labels(name).set(1 if worker.state == "ready" else 0)
         if worker.state == "waiting":
             self.metrics.restarts.labels(name).inc()
+
+    @property
+    def in_flight(self) -> dict[str, int]:
+        """Sequences that are computed, by model."""
+        return {worker.spec.name: worker.in_flight for worker in self.workers}
+
+    def abort_all(self) -> None:
+        """End every request that is still open with an error: the time for draining is over."""
+        leaving = () if self.fleet is None else self.fleet.workers
+        for worker in {*self.workers, *leaving}:
+            worker.end_requests("the server is shutting down", "shutting_down")
 
     def route(self, model: str | None) -> Worker:
         """The worker that answers for ``model``; HttpError 404, or 400 when a name is needed."""
         if model is None:
             if len(self.workers) == 1:
                 return self.workers[0]
-            raise HttpError(
-                400,
-                f"say which model: one of {self._known()}",
-                param="model",
-                code="missing_required_parameter",
-            )
+            text = f"say which model: one of {self._known()}" if self.workers else "no model is loaded"
+            raise HttpError(400, text, param="model", code="missing_required_parameter")
         worker = self._by_name.get(model) or self._of_adapter(model)
         if worker is None:
             shown = model if len(model) <= 100 else model[:100] + "…"
             raise HttpError(
-                404, f"the model {shown!r} is not served here; there is {self._known()}",
+                404, f"the model {shown!r} is not served here; there is {self._known() or 'none'}",
                 param="model", code="model_not_found",
             )  # fmt: skip
         return worker
@@ -143,6 +177,8 @@ class Gateway:
             worker = self.route(routing.model)
             state["model"], state["model_version"] = worker.spec.name, worker.spec.version
             with self._admit(worker, routing.num_sequences):
+                if worker.wakes and not await worker.wake(self._request_timeout):
+                    raise unavailable(worker)
                 await self.proxy.forward(worker, body, scope, receive, send)
         except ClientGone:
             state["client_gone"] = True
@@ -162,11 +198,11 @@ class Gateway:
         if self.draining:
             self.metrics.rejected.labels(name, "draining").inc()
             raise HttpError(503, "the server is shutting down", code="shutting_down", retry_after=5)
-        if worker.state != "ready":
+        if worker.state != "ready" and not worker.wakes:
             self.metrics.rejected.labels(name, "not_ready").inc()
             raise unavailable(worker)
         limit = int(worker.facts.get("max_num_seqs", 0)) + self._max_queue
-        open_now = self.in_flight[name]
+        open_now = worker.in_flight
         if open_now >= limit or (open_now and open_now + num_sequences > limit):
             self.metrics.rejected.labels(name, "overloaded").inc()
             raise HttpError(
@@ -175,20 +211,19 @@ class Gateway:
                 f"{num_sequences}; its limit is {limit}",
                 code="rate_limit_exceeded", retry_after=1,
             )  # fmt: skip
-        self.in_flight[name] += num_sequences
         self._num_open += 1
         self.metrics.in_flight.labels(name).inc()
         try:
-            yield
+            with worker.busy(num_sequences):
+                yield
         finally:
-            self.in_flight[name] -= num_sequences
             self._num_open -= 1
             self.metrics.in_flight.labels(name).dec()
 
     @property
     def ready(self) -> bool:
-        """Every model can answer, and the server is not on its way out."""
-        return not self.draining and bool(self.workers) and all(w.state == "ready" for w in self.workers)
+        """A model can answer, and the server is not on its way out."""
+        return not self.draining and any(worker.state in ANSWERING for worker in self.workers)
 
     @property
     def num_open(self) -> int:

@@ -68,7 +68,8 @@ class Pages:
             }
             for worker in self._gateway.workers
         ]
-        return json_response({"models": models})
+        fleet = self._gateway.fleet
+        return json_response({"models": models + ([] if fleet is None else fleet.others())})
 
     async def _ask(self, worker: Worker, path: str) -> bytes | None:
         """The body of a worker's own page, or None while it cannot answer."""
@@ -89,7 +90,7 @@ class Pages:
                 "problem": worker.problem,
                 "restarts": worker.restarts,
                 "pid": worker.pid,
-                "in_flight": self._gateway.in_flight[worker.spec.name],
+                "in_flight": worker.in_flight,
                 "worker": None if page is None else msgspec.json.decode(page),
             }
             for worker, page in zip(self._gateway.workers, pages, strict=True)
@@ -111,11 +112,12 @@ class Pages:
         }
         if gateway.draining:
             status = "draining"
-        elif gateway.ready:
-            status = "ok"
+        elif not gateway.ready:
+            status = "down"
         else:
-            status = "degraded" if any(worker.state == "ready" for worker in gateway.workers) else "down"
-        return json_response({"status": status, "models": models}, 200 if gateway.ready else 503)
+            whole = all(worker.state in ("ready", "asleep") for worker in gateway.workers)
+            status = "ok" if whole else "degraded"
+        return json_response({"status": status, "models": models}, 200 if status == "ok" else 503)
 
     async def livez(self, _: Request) -> Response:
         return json_response({"status": "ok"})

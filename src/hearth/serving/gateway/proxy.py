@@ -7,6 +7,7 @@ last event with the error, and the connection ends without ``[DONE]``: no client
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import aiohttp
 from starlette.types import Receive, Scope, Send
@@ -36,32 +37,23 @@ class Proxy:
     def __init__(self, metrics: GatewayMetrics, *, request_timeout: float) -> None:
         self._metrics = metrics
         self._request_timeout = request_timeout
-        self._abort = asyncio.Event()
-
-    def abort_all(self) -> None:
-        """End every request that is still open with an error: the time for draining is over."""
-        self._abort.set()
 
     async def forward(self, worker: Worker, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. Raises HttpError before the first byte, ClientGone when the client left."""
         exchange = _Exchange(send)
         work = asyncio.ensure_future(self._exchange(exchange, worker, body, scope))
         left = asyncio.ensure_future(client_left(receive))
-        aborted = asyncio.ensure_future(self._abort.wait())
         try:
-            await asyncio.wait(
-                {work, left, aborted},
-                timeout=self._request_timeout,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            # worker.cut is of all its requests: never cancelled here.
+            waiting: set[asyncio.Future[Any]] = {work, left, worker.cut}
+            await asyncio.wait(waiting, timeout=self._request_timeout, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
             elif left.done():
                 raise ClientGone
-            elif aborted.done():
-                raise HttpError(
-                    503, "the server is shutting down", code="shutting_down", retry_after=_RETRY_SECONDS
-                )
+            elif worker.cut.done():
+                message, code = worker.cut.result()
+                raise HttpError(503, message, code=code, retry_after=_RETRY_SECONDS)
             else:
                 self._metrics.upstream_errors.labels(worker.spec.name, "timeout").inc()
                 raise HttpError(
@@ -79,9 +71,9 @@ class Proxy:
             await exchange.fail(error)
         finally:
             # Cancelling closes the connection to the worker, which aborts the request in its engine.
-            for task in (work, left, aborted):
+            for task in (work, left):
                 task.cancel()
-            await asyncio.gather(work, left, aborted, return_exceptions=True)
+            await asyncio.gather(work, left, return_exceptions=True)
 
     async def _exchange(self, exchange: _Exchange, worker: Worker, body: bytes, scope: Scope) -> None:
         session = worker.session
@@ -156,5 +148,5 @@ def unavailable(worker: Worker) -> HttpError:
             f"{version} keeps failing and was given up; its operator must restart it",
             code="model_failed",
         )
-    what = "is starting" if worker.state == "starting" else "is being restarted"
+    what = "is starting" if worker.state in ("starting", "asleep") else "is being restarted"
     return HttpError(503, f"{version} {what}", code="model_not_ready", retry_after=_RETRY_SECONDS)

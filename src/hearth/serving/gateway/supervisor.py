@@ -1,7 +1,8 @@
 """Start workers, watch them, replace the dead and the stuck.
 
 A worker's life: starting → ready → (dies, or hangs and is killed) → waiting → starting …, or failed when the
-restart policy gives up. The gateway reads ``state`` and ``session``; both change in one place, here.
+restart policy gives up. One that is not used may be let go: ready → asleep → (a request) → starting. The
+gateway reads ``state`` and ``session``; both change in one place, here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from hearth.serving.lifeline import kill_group
 from hearth.telemetry import logs
 
 log = logs.get_logger("supervisor")
-State = Literal["starting", "ready", "waiting", "failed", "stopped"]
+State = Literal["starting", "ready", "waiting", "asleep", "failed", "stopped"]
 BASE_URL = "http://worker"
 _EVENT_LIMIT = 1 << 20  # bytes in one event; the reason why a model cannot be loaded may be long
 _socket_numbers = itertools.count(1)
@@ -48,6 +49,7 @@ class WorkerSpec:
     health_interval: float = 1.0
     health_timeout: float = 15.0
     stop_timeout: float = 5.0
+    idle_seconds: float = 0.0  # without requests, until the process is let go; 0: never
     policy: RestartPolicy = field(default_factory=RestartPolicy)
 
     @property
@@ -68,7 +70,18 @@ class Worker:
         self.problem: str | None = None
         self.facts: dict[str, Any] = {}
         self.adapters: dict[str, str] = {}  # paths by name; a restart loads them again
-        self.first_start: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.first_start: asyncio.Future[None] = loop.create_future()
+        self.cut: asyncio.Future[tuple[str, str]] = (
+            loop.create_future()
+        )  # why its requests end: message, code
+        self.in_flight = 0  # sequences that it computes for the gateway
+        self.num_open = 0  # requests
+        self._last_used = time.monotonic()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._wake = asyncio.Event()
+        self._changed: asyncio.Future[None] = loop.create_future()
         self._socket_dir = socket_dir
         self._on_change = on_change
         self._process: asyncio.subprocess.Process | None = None
@@ -88,6 +101,9 @@ class Worker:
                 if not self.first_start.done():
                     self.first_start.set_result(None)
                 self.problem = await self._watch()
+                if self.problem is None:  # not used for long
+                    self._wake.clear()
+                    self._set("asleep")
             except Exception as error:  # noqa: BLE001
                 # Whatever it is, such as too many open files, nobody may be left waiting for this worker.
                 failure = error if isinstance(error, HearthError) else self._unexpected(error)
@@ -100,6 +116,12 @@ class Worker:
                 await self._clean_up()
             if self._stop.is_set():
                 break
+            if self.state == "asleep":
+                log.info(
+                    "worker let go", extra=logs.fields(model=self.spec.name, idle=self.spec.idle_seconds)
+                )
+                await self._wake.wait()
+                continue
             lived = 0.0 if ready_at is None else time.monotonic() - ready_at
             quick_failures, delay = self.spec.policy.after_failure(quick_failures, lived)
             facts = logs.fields(model=self.spec.name, reason=self.problem, wait_seconds=delay)
@@ -121,6 +143,8 @@ class Worker:
 
     def _set(self, state: State) -> None:
         self.state = state
+        changed, self._changed = self._changed, asyncio.get_running_loop().create_future()
+        changed.set_result(None)
         self._on_change(self)
 
     async def _start(self) -> None:
@@ -189,8 +213,11 @@ class Worker:
         code = await process.wait()
         raise ServingError(f"the worker of {self.spec.version} ended before it was ready ({_ending(code)})")
 
-    async def _watch(self) -> str:
-        """Return why the worker is no longer good: it ended, or it does not answer, or its engine hangs."""
+    async def _watch(self) -> str | None:
+        """Return why the worker is no longer good: it ended, does not answer, or its engine hangs.
+
+        None: it has been idle for so long that it is let go.
+        """
         assert self._process is not None
         ended = asyncio.ensure_future(self._process.wait())
         last_answer = time.monotonic()
@@ -199,6 +226,8 @@ class Worker:
                 await asyncio.wait({ended}, timeout=self.spec.health_interval)
                 if ended.done():
                     return f"the worker ended ({_ending(ended.result())})"
+                if self._is_unused():
+                    return None
                 status = await self._probe(ended)
                 if status is not None:
                     last_answer = time.monotonic()
@@ -229,6 +258,54 @@ class Worker:
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
 
+    def _is_unused(self) -> bool:
+        limit = self.spec.idle_seconds
+        return bool(limit) and not self.num_open and time.monotonic() - self._last_used > limit
+
+    @contextlib.contextmanager
+    def busy(self, num_sequences: int) -> Iterator[None]:
+        """Count a request while it is answered."""
+        self.in_flight += num_sequences
+        self.num_open += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.in_flight -= num_sequences
+            self.num_open -= 1
+            self._last_used = time.monotonic()
+            if not self.num_open:
+                self._idle.set()
+
+    async def idle(self) -> None:
+        """Return when no request is open."""
+        await self._idle.wait()
+
+    @property
+    def wakes(self) -> bool:
+        """Whether a request may wait for it to start."""
+        return bool(self.spec.idle_seconds) and self.state in ("asleep", "starting")
+
+    async def wake(self, timeout: float) -> bool:
+        """Start a worker that was let go; wait up to ``timeout`` seconds. Returns whether it is ready."""
+        self._wake.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self.wakes and not self.cut.done():
+                    waiting: set[asyncio.Future[Any]] = {self._changed, self.cut}
+                    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        return self.state == "ready"
+
+    def retire(self) -> None:
+        """From now on it is not started again when it ends."""
+        self._stop.set()
+        self._wake.set()
+
+    def end_requests(self, message: str, code: str) -> None:
+        """End every request that is still open with this error."""
+        if not self.cut.done():
+            self.cut.set_result((message, code))
+
     async def _clean_up(self) -> None:
         """Leave nothing behind. An engine ends with its worker by itself, unless it is stopped or stuck."""
         session, self.session = self.session, None
@@ -248,7 +325,7 @@ class Worker:
 
     async def stop(self) -> None:
         """End the worker: SIGTERM, a moment, then SIGKILL to its group."""
-        self._stop.set()
+        self.retire()
         process = self._process
         if process is None or process.returncode is not None:
             return
