@@ -95,9 +95,17 @@ async def main() -> None:
     parser.add_argument("--supervised", action="store_true")
     parser.add_argument("--count-file", type=Path)
     parser.add_argument("--fail-from", type=int, default=10**9)
+    parser.add_argument("--wait-for", type=Path)
+    parser.add_argument("--fail-with")
     options = parser.parse_args()
     channel = event_channel()
     die_with_parent()
+    while options.wait_for is not None and not options.wait_for.exists():
+        await asyncio.sleep(0.01)
+    if options.fail_with is not None:
+        failed = {"event": "failed", "kind": "ModelError", "message": options.fail_with, "fix": "mend it"}
+        os.write(channel, json.dumps(failed).encode() + b"\n")
+        sys.exit(2)
     if options.count_file is not None:
         with options.count_file.open("a") as file:
             file.write("start\n")

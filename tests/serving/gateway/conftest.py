@@ -9,16 +9,21 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
 import pytest
 from multidict import CIMultiDict
 
+from hearth.config import ServedModel
+from hearth.errors import NotFoundError
 from hearth.serving.gateway.access import Access
 from hearth.serving.gateway.app import Gateway
+from hearth.serving.gateway.fleet import Fleet, Limits
 from hearth.serving.gateway.policy import RestartPolicy
 from hearth.serving.gateway.supervisor import Worker, WorkerSpec
+from hearth.serving.resolve import Resolved
 from hearth.serving.servers import bind, make_server
 
 SCRIPT = Path(__file__).parents[1] / "scripted_worker.py"
@@ -100,9 +105,75 @@ async def start(
         shutil.rmtree(folder)
 
 
+@dataclass
+class Script:
+    """What the worker of a model does, by the reference that is asked for."""
+
+    version: str
+    arguments: tuple[str, ...] = ()
+
+
+@contextlib.asynccontextmanager
+async def start_fleet(
+    scripts: dict[str, Script],
+    *names: str,
+    access: Access | None = None,
+    limits: Limits | None = None,
+    claim: Callable[[Resolved, int], int] = lambda _resolved, _claimed: 0,
+    **changes: object,
+) -> AsyncIterator[Running]:
+    """Run a gateway whose models may come and go; those of ``names`` from the start.
+
+    A reference is NAME:REVISION, where the revision is free text; it answers to NAME and to its version.
+    """
+    access = access or Access(loopback=True)
+    gateway = Gateway(access=access, max_queue=8, max_body_bytes=10_000, request_timeout=30.0)
+    folder = Path(tempfile.mkdtemp(prefix="hearth-test-"))
+
+    def resolve(entry: ServedModel) -> Resolved:
+        if entry.model not in scripts:
+            raise NotFoundError(f"no model {entry.model!r}")
+        name = entry.name or entry.model.partition(":")[0]
+        return Resolved(name, scripts[entry.model].version, (), Path(entry.model), entry)
+
+    def make_spec(model: Resolved) -> WorkerSpec:
+        script = scripts[model.entry.model]
+        values = {"version": script.version, "aliases": (), "arguments": script.arguments, **changes}
+        return spec(model.name, **values)
+
+    fleet = Fleet(gateway, folder, make_spec, limits or Limits(drain_timeout=10.0), claim)
+    gateway.attach(fleet, resolve)
+    sock = bind("127.0.0.1", 0)
+    server = make_server(gateway.asgi, drain_seconds=1)
+    serving = asyncio.create_task(server.serve([sock]))
+    try:
+        await asyncio.gather(*(fleet.begin(resolve(ServedModel(model=n))).first_start for n in names))
+        fleet.is_open = True
+        async with aiohttp.ClientSession() as session:
+            yield Running(gateway, f"http://127.0.0.1:{sock.getsockname()[1]}", session)
+    finally:
+        server.should_exit = server.force_exit = True
+        await fleet.close()
+        await asyncio.wait({serving}, timeout=2)  # it closes its socket, whose number another one may get
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        sock.close()
+        shutil.rmtree(folder)
+
+
 @pytest.fixture
 def start_gateway() -> Start:
     return start
+
+
+@pytest.fixture(name="start_fleet")
+def fleet_starter() -> Start:
+    return start_fleet
+
+
+@pytest.fixture
+def script() -> type[Script]:
+    return Script
 
 
 @pytest.fixture
