@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hearth.cli.output import note, print_json, print_table
+from hearth.cli.served_models import load, reload, unload
 from hearth.cli.workspaces import human_size, key_values, open_existing, require_existing
 from hearth.errors import HearthError, InputError
 
@@ -21,10 +22,14 @@ _ACTOR = click.option("--actor", help="Who does this; default: $HEARTH_ACTOR or 
 
 @click.group()
 def models() -> None:
-    """List, show, promote, verify, import and export model versions.
+    """List, show, promote, verify, import and export model versions; load them into a running server.
 
     REF is name (its newest version), name@3 or name@alias.
     """
+
+
+for _command in (load, reload, unload):
+    models.add_command(_command)
 
 
 @models.command(name="list")

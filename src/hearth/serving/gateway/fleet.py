@@ -149,8 +149,9 @@ class Fleet:
             for number in (life.current, life.coming):
                 if number is None:
                     continue
-                worker = self._members[number].worker
-                taken = wanted & {*worker.spec.names, *worker.adapters}
+                member = self._members[number]
+                worker = member.worker
+                taken = wanted & {*worker.spec.names, *worker.adapters, *member.resolved.entry.adapters}
                 if taken:
                     raise HttpError(
                         409, f"{worker.spec.version} answers to {min(taken)!r} already; give another name, "

@@ -88,9 +88,10 @@ class Proxy:
             log.warning(
                 "worker failed", extra=logs.fields(model=worker.spec.version, error=type(error).__name__)
             )
+            then = "it was being unloaded" if worker.retired else "it is being restarted"
             raise HttpError(
                 503,
-                f"the worker of {worker.spec.version} failed while it answered; it is being restarted",
+                f"the worker of {worker.spec.version} failed while it answered; {then}",
                 code="worker_failed",
                 retry_after=_RETRY_SECONDS,
             ) from error

@@ -296,6 +296,11 @@ class Worker:
                     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         return self.state == "ready"
 
+    @property
+    def retired(self) -> bool:
+        """Whether nobody will start it again."""
+        return self._stop.is_set()
+
     def retire(self) -> None:
         """From now on it is not started again when it ends."""
         self._stop.set()
