@@ -82,5 +82,16 @@ def test_mistakes_in_server_settings(tmp_path):
         load_settings(ServeConfig, None, ["models=[{model: a}, {model: a}]"], environ={})
     with pytest.raises(ValueError, match="HEARTH_SERVE__PORT: port: 70000 is not at most 65535"):
         load_settings(ServeConfig, environ={"HEARTH_SERVE__PORT": "70000"})
+    for given, says in (
+        (["admin_key=short"], "admin_key has fewer than 8 characters"),
+        (["admin_key=secret-key-1", "api_keys=[secret-key-1]"], "admin_key is one of api_keys"),
+        (["max_models=1", "models=[{model: a}, {model: b}]"], "there are 2 models, and max_models is 1"),
+        (["max_models=0"], "max_models"),
+        (["idle_unload_seconds=-1"], "idle_unload_seconds"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            load_settings(ServeConfig, None, given, environ={})
+    environ = {"HEARTH_SERVE__ADMIN_KEY": "secret-key-1"}
+    assert "secret-key-1" not in repr(load_settings(ServeConfig, environ=environ).settings)
     assert not ServeConfig().authenticated
     assert ServeConfig.model_validate({"api_keys": ["hk-12345678"]}).authenticated

@@ -229,9 +229,7 @@ class Fleet:
                 worker.end_requests(f"{worker.spec.version} was unloaded", "model_unloaded")
                 await asyncio.wait({idle}, timeout=_LAST_WORDS)
             idle.cancel()
-        await worker.stop()
-        member.run.cancel()
-        await asyncio.wait({member.run})
+        await _end(member)
         self._members.pop(member.number, None)
         self._apply(member.name, lives.ended(self._life(member.name), member.number))
         log.info("model unloaded", extra=logs.fields(model=worker.spec.version))
@@ -296,12 +294,19 @@ class Fleet:
     async def close(self) -> None:
         """End every worker, in whatever state it is."""
         self.give_up_loads()
-        members = list(self._members.values())
-        await asyncio.gather(*(member.worker.stop() for member in members))
-        tasks = [*(member.run for member in members), *self._tasks]
+        await asyncio.gather(*map(_end, list(self._members.values())))
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _end(member: _Member) -> None:
+    await member.worker.stop()
+    # By itself, where it can: cancelled in the middle of its cleaning, it would leave a connection behind.
+    await asyncio.wait({member.run}, timeout=_LAST_WORDS)
+    member.run.cancel()
+    await asyncio.wait({member.run})
 
 
 def _look_at(future: asyncio.Future[None]) -> None:

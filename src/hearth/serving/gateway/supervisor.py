@@ -131,7 +131,9 @@ class Worker:
                 return
             log.warning("worker stopped, restarting", extra=facts)
             self._set("waiting")
-            await asyncio.sleep(delay)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), delay)
+                break
             self.restarts += 1
         self._set("stopped")
 
