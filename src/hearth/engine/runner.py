@@ -33,7 +33,6 @@ from hearth.engine.tp.leader import Leader
 # norms below which two sets of logits count as the same. In 16 bits a router of experts may flip.
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.25}
 _QUANTISED_TOLERANCE = 0.1  # at least, where keys and values are compressed
-_QUANTISED_TOLERANCE = 0.1  # at least, where keys and values are compressed
 
 
 class Runner:
@@ -60,9 +59,6 @@ class Runner:
             setattr(module, layers.SLOT, kv)
             self.layers.append(kv)
         set_attention(model, layers.NAME)
-        self._tolerance = _TOLERANCE[model.dtype]
-        if kv_dtype != "auto":
-            self._tolerance = max(self._tolerance, _QUANTISED_TOLERANCE)
         self._tolerance = _TOLERANCE[model.dtype]
         if kv_dtype != "auto":
             self._tolerance = max(self._tolerance, _QUANTISED_TOLERANCE)
