@@ -108,3 +108,32 @@ async def test_what_the_operator_sees(session: aiohttp.ClientSession) -> None:
     assert len(found) == len(families)
     tokens = next(family for family in families if family.name == names.ENGINE_GENERATION_TOKENS)
     assert tokens.samples[0].value >= 3
+    (info,) = next(family for family in families if family.name == names.ENGINE_INFO).samples
+    assert (info.labels["dtype"], info.labels["weights"], info.labels["kv_dtype"]) == (
+        *(model["info"]["dtype"], "auto", "auto"),
+    )
+
+
+async def test_what_the_engine_counts_moves_with_the_work(session: aiohttp.ClientSession) -> None:
+    async def values() -> dict[str, float]:
+        async with session.get("/metrics") as response:
+            families = text_string_to_metric_families(await response.text())
+            return {sample.name: sample.value for family in families for sample in family.samples}
+
+    before = await values()
+    prompt = {"prompt": "the same beginning, " * 5, "max_tokens": 4, "ignore_eos": True}
+    for path, body in (
+        ("/generate", prompt), ("/generate", prompt), ("/v1/embeddings", {"input": ["a", "bc"]})
+    ):  # fmt: skip
+        async with session.post(path, json=body) as response:
+            assert response.status == 200, await response.text()
+    after = await values()
+
+    def gained(name: str) -> float:
+        return after[name + "_total"] - before[name + "_total"]
+
+    assert gained(names.ENGINE_EMBEDDINGS) == 2
+    assert gained(names.ENGINE_PROMPT_TOKENS) == 2 * 100 + 3
+    assert gained(names.ENGINE_STEPS) >= 8
+    assert gained(names.ENGINE_PREFIX_QUERIES) >= gained(names.ENGINE_PREFIX_HITS) > 0
+    assert gained(names.ENGINE_FAILED_STEPS) == 0

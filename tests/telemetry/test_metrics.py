@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from hearth.telemetry import names
@@ -40,7 +42,53 @@ def test_engine_metrics_show_what_was_observed() -> None:
     assert seen[names.ENGINE_RUNNING, label] == 2
     assert seen[names.ENGINE_KV_USAGE, label] == 0.5
     assert seen[names.ENGINE_PREEMPTIONS + "_total", label] == 3
-    assert seen[names.ENGINE_INFO, (("model", "tiny"), ("version", "tiny@1"))] == 1
+
+
+def test_every_field_of_a_snapshot_is_shown_under_a_name_of_its_own() -> None:
+    metrics = EngineMetrics("tiny", "tiny@1")
+    before = samples(metrics.render())
+    values = {field.name: number for number, field in enumerate(fields(EngineSnapshot), start=1)}
+    metrics.update(EngineSnapshot(**values))
+    after = samples(metrics.render())
+    label = (("model", "tiny"),)
+    new = {name: value for (name, labels), value in after.items() if (name, labels) not in before}
+    assert sorted(new.values()) == sorted(values.values())
+    for name, field in (
+        (names.ENGINE_KV_WASTE, "kv_waste"),
+        (names.ENGINE_HOST_BLOCKS, "num_used_host_blocks"),
+        (names.ENGINE_ADAPTERS, "num_adapters"),
+        (names.ENGINE_PREFIX_QUERIES + "_total", "prefix_query_tokens"),
+        (names.ENGINE_PREFIX_HITS + "_total", "prefix_hit_tokens"),
+        (names.ENGINE_SWAPPED_OUT + "_total", "num_blocks_swapped_out"),
+        (names.ENGINE_SWAPPED_IN + "_total", "num_blocks_swapped_in"),
+        (names.ENGINE_DRAFTS + "_total", "num_drafts"),
+        (names.ENGINE_DRAFT_TOKENS + "_total", "num_draft_tokens"),
+        (names.ENGINE_ACCEPTED_TOKENS + "_total", "num_accepted_tokens"),
+        (names.ENGINE_STEPS + "_total", "num_steps"),
+        (names.ENGINE_FAILED_STEPS + "_total", "num_failed_steps"),
+    ):
+        assert after[name, label] == values[field], name
+
+
+def test_the_info_says_how_the_model_is_served() -> None:
+    facts = {"dtype": "bfloat16", "weights": "int8", "kv_dtype": "auto", "attention": "native", "layers": 2}
+    (labels,) = (
+        dict(labels)
+        for (name, labels) in samples(EngineMetrics("tiny", "tiny@1", facts).render())
+        if name == names.ENGINE_INFO
+    )
+    facts.pop("layers")
+    assert labels == {"model": "tiny", "version": "tiny@1", **facts}
+
+
+def test_embedded_texts_count_apart_from_requests_that_generate() -> None:
+    metrics = EngineMetrics("tiny", "tiny@1")
+    metrics.observe_embedding(num_prompt_tokens=5)
+    metrics.observe_embedding(num_prompt_tokens=2)
+    seen, label = samples(metrics.render()), (("model", "tiny"),)
+    assert seen[names.ENGINE_EMBEDDINGS + "_total", label] == 2
+    assert seen[names.ENGINE_PROMPT_TOKENS + "_total", label] == 7
+    assert seen[names.ENGINE_TTFT + "_count", label] == 0
 
 
 def test_gauges_of_an_engine_not_seen_yet_are_absent() -> None:

@@ -7,8 +7,9 @@ from the last ``EngineSnapshot``; counters and histograms are pushed as things h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -36,13 +37,51 @@ TOKEN_BUCKETS = tuple(float(4**power) for power in range(11))  # 1 to about a mi
 
 @dataclass(frozen=True, slots=True)
 class EngineSnapshot:
-    """State of the engine at one moment; ``num_preemptions`` counts from the start of the engine."""
+    """State of the engine at one moment; what is not a gauge counts from the start of the engine."""
 
     num_running: int = 0
     num_waiting: int = 0
     kv_usage: float = 0.0
-    num_preemptions: int = 0
+    kv_waste: float = 0.0
+    num_used_host_blocks: int = 0
+    num_adapters: int = 0
     heartbeat_age: float = 0.0
+    num_preemptions: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    num_blocks_swapped_out: int = 0
+    num_blocks_swapped_in: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_steps: int = 0
+    num_failed_steps: int = 0
+
+
+# Metric, help, field of the snapshot.
+_GAUGES = (
+    (names.ENGINE_RUNNING, "Requests in the running batch.", "num_running"),
+    (names.ENGINE_WAITING, "Requests waiting for a place in the batch.", "num_waiting"),
+    (names.ENGINE_KV_USAGE, "Share of the KV cache in use, 0 to 1.", "kv_usage"),
+    (names.ENGINE_KV_WASTE, "Share of the used KV slots that hold no token, 0 to 1.", "kv_waste"),
+    (names.ENGINE_HOST_BLOCKS, "Host blocks that hold preempted requests.", "num_used_host_blocks"),
+    (names.ENGINE_ADAPTERS, "LoRA adapters that requests may ask for.", "num_adapters"),
+    (names.ENGINE_HEARTBEAT_AGE, "Seconds since the engine loop was last seen.", "heartbeat_age"),
+)
+_COUNTERS = (
+    (names.ENGINE_PREEMPTIONS, "Requests put back to wait for KV blocks.", "num_preemptions"),
+    (names.ENGINE_PREFIX_QUERIES, "Prompt tokens looked up in the prefix cache.", "prefix_query_tokens"),
+    (names.ENGINE_PREFIX_HITS, "Prompt tokens that the prefix cache had.", "prefix_hit_tokens"),
+    (names.ENGINE_SWAPPED_OUT, "KV blocks copied to host memory.", "num_blocks_swapped_out"),
+    (names.ENGINE_SWAPPED_IN, "KV blocks copied back from host memory.", "num_blocks_swapped_in"),
+    (names.ENGINE_DRAFTS, "Times that a sequence had drafts to verify.", "num_drafts"),
+    (names.ENGINE_DRAFT_TOKENS, "Drafted tokens.", "num_draft_tokens"),
+    (names.ENGINE_ACCEPTED_TOKENS, "Drafted tokens that were right.", "num_accepted_tokens"),
+    (names.ENGINE_STEPS, "Steps of the engine.", "num_steps"),
+    (names.ENGINE_FAILED_STEPS, "Steps that failed, whose requests ended with an error.", "num_failed_steps"),
+)
+# What an engine says of itself in the labels of its info; what it does not say is left empty.
+_FACTS = (names.LABEL_DTYPE, names.LABEL_WEIGHTS, names.LABEL_KV_DTYPE, names.LABEL_ATTENTION)
 
 
 class _SnapshotCollector(Collector):
@@ -56,39 +95,35 @@ class _SnapshotCollector(Collector):
         """Yield the families of the snapshot."""
         if self.snapshot is None:
             return
-        shot, labels = self.snapshot, [names.LABEL_MODEL]
-        gauges = (
-            (names.ENGINE_RUNNING, "Requests in the running batch.", shot.num_running),
-            (names.ENGINE_WAITING, "Requests waiting for a place in the batch.", shot.num_waiting),
-            (names.ENGINE_KV_USAGE, "Share of the KV cache in use, 0 to 1.", shot.kv_usage),
-            (names.ENGINE_HEARTBEAT_AGE, "Seconds since the engine loop was last seen.", shot.heartbeat_age),
-        )
-        for name, text, value in gauges:
-            gauge = GaugeMetricFamily(name, text, labels=labels)
-            gauge.add_metric([self._model], float(value))
-            yield gauge
-        counter = CounterMetricFamily(
-            names.ENGINE_PREEMPTIONS, "Requests put back to wait for KV blocks.", labels=labels
-        )
-        counter.add_metric([self._model], float(shot.num_preemptions))
-        yield counter
+        labels = [names.LABEL_MODEL]
+        families: list[tuple[GaugeMetricFamily | CounterMetricFamily, str]] = [
+            *((GaugeMetricFamily(name, text, labels=labels), field) for name, text, field in _GAUGES),
+            *((CounterMetricFamily(name, text, labels=labels), field) for name, text, field in _COUNTERS),
+        ]
+        for family, field in families:
+            family.add_metric([self._model], float(getattr(self.snapshot, field)))
+            yield family
 
 
 class EngineMetrics:
     """What a worker measures about its engine; every series has the label ``model``."""
 
-    def __init__(self, model: str, version: str) -> None:
+    def __init__(self, model: str, version: str, facts: Mapping[str, Any] | None = None) -> None:
+        """``facts`` is the engine's `model_info`, of which dtype, compression and attention are shown."""
         self.registry = CollectorRegistry(auto_describe=False)
         self._model = model
         self._snapshot = _SnapshotCollector(model)
         self.registry.register(self._snapshot)
-        info = self._gauge(names.ENGINE_INFO, "1; the labels say what is served.", (names.LABEL_VERSION,))
-        info.labels(model, version).set(1)
+        info = self._gauge(
+            names.ENGINE_INFO, "1; the labels say what is served, and how.", (names.LABEL_VERSION, *_FACTS)
+        )
+        info.labels(model, version, *(str((facts or {}).get(name, "")) for name in _FACTS)).set(1)
         self._prompt_tokens = self._counter(names.ENGINE_PROMPT_TOKENS, "Prompt tokens of started requests.")
         self._cached_tokens = self._counter(
             names.ENGINE_CACHED_TOKENS, "Prompt tokens found in the prefix cache."
         )
         self._generation_tokens = self._counter(names.ENGINE_GENERATION_TOKENS, "Generated tokens.")
+        self._embeddings = self._counter(names.ENGINE_EMBEDDINGS, "Texts that were embedded.")
         self._finished = self._counter(
             names.ENGINE_FINISHED, "Finished requests by reason.", (names.LABEL_REASON,)
         )
@@ -142,6 +177,11 @@ class EngineMetrics:
         self._finished.labels(self._model, reason).inc()
         self._e2e.labels(self._model).observe(seconds)
         self._request_generation.labels(self._model).observe(num_generated)
+
+    def observe_embedding(self, *, num_prompt_tokens: int) -> None:
+        """A text was embedded."""
+        self._embeddings.labels(self._model).inc()
+        self._prompt_tokens.labels(self._model).inc(num_prompt_tokens)
 
     def update(self, snapshot: EngineSnapshot) -> None:
         """Replace the snapshot that the next scrape shows."""

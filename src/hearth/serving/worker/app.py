@@ -76,11 +76,11 @@ class WorkerApp:
         """``adapters`` are loaded already: paths by name."""
         self.engine = engine
         self.model = model
-        self.metrics = EngineMetrics(model.name, model.version)
+        self.metrics = EngineMetrics(model.name, model.version, engine.model_info)
         self.adapters = Adapters(engine, model.names, adapters or {})
         prompts = PromptMaker(engine.tokenizer, model.version)
         tokenization = Tokenization(prompts, self.adapters, model.max_model_len)
-        embedder = Embedder(engine, prompts, self.adapters, model.version, model.max_model_len)
+        embedder = Embedder(engine, prompts, self.adapters, self.metrics, model.version, model.max_model_len)
         self._tokens = TokenTable(engine.tokenizer)
         self._max_body_bytes = max_body_bytes
         self._engine_hang_seconds = engine_hang_seconds
@@ -190,8 +190,20 @@ class WorkerApp:
                     num_running=stats.num_running,
                     num_waiting=stats.num_waiting,
                     kv_usage=stats.kv_cache_usage,
-                    num_preemptions=stats.num_preemptions,
+                    kv_waste=stats.kv_cache_waste,
+                    num_used_host_blocks=stats.num_used_host_blocks,
+                    num_adapters=len(self.adapters.paths),
                     heartbeat_age=self.engine.heartbeat_age,
+                    num_preemptions=stats.num_preemptions,
+                    prefix_query_tokens=stats.prefix_query_tokens,
+                    prefix_hit_tokens=stats.prefix_hit_tokens,
+                    num_blocks_swapped_out=stats.num_blocks_swapped_out,
+                    num_blocks_swapped_in=stats.num_blocks_swapped_in,
+                    num_drafts=stats.num_drafts,
+                    num_draft_tokens=stats.num_draft_tokens,
+                    num_accepted_tokens=stats.num_accepted_tokens,
+                    num_steps=stats.num_steps,
+                    num_failed_steps=stats.num_failed_steps,
                 )
             )
         return Response(self.metrics.render(), headers={"content-type": CONTENT_TYPE})

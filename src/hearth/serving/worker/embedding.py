@@ -14,6 +14,7 @@ from hearth.serving.inputs import text_inputs
 from hearth.serving.protocol import EmbeddingRequest
 from hearth.serving.worker.adapters import Adapters
 from hearth.serving.worker.prompts import PromptMaker
+from hearth.telemetry.metrics import EngineMetrics
 
 MAX_INPUTS = 2048  # as OpenAI's
 
@@ -28,9 +29,16 @@ class Embedder:
     """Answers requests for vectors."""
 
     def __init__(
-        self, engine: EmbeddingEngine, prompts: PromptMaker, adapters: Adapters, version: str, max_len: int
+        self,
+        engine: EmbeddingEngine,
+        prompts: PromptMaker,
+        adapters: Adapters,
+        metrics: EngineMetrics,
+        version: str,
+        max_len: int,
     ) -> None:
         self._engine = engine
+        self._metrics = metrics
         self._prompts = prompts
         self._adapters = adapters
         self._version = version
@@ -54,6 +62,8 @@ class Embedder:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._engine.embed(prompt)) for prompt in prompts]
         results = [task.result() for task in tasks]
+        for result in results:
+            self._metrics.observe_embedding(num_prompt_tokens=result.num_prompt_tokens)
         size = len(results[0].embedding)
         if request.dimensions not in (None, size):
             raise invalid(
