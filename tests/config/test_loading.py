@@ -59,7 +59,7 @@ def test_later_layers_win_and_every_value_knows_its_source(recipe_file):
 def test_sources_cover_exactly_the_values(recipe_file):
     def leaves(value, path=()):
         for key, item in value.items():
-            if isinstance(item, dict) and (*path, key) not in {("track", "tags"), ("register", "tags")}:
+            if isinstance(item, dict) and (*path, key) not in {("track", "tags"), ("track", "options"), ("register", "tags")}:
                 yield from leaves(item, (*path, key))
             else:
                 yield ".".join((*path, key))
@@ -178,7 +178,10 @@ def test_suggestions(recipe_file, text, meant):
 
 def test_without_a_near_key_the_known_ones_are_listed(recipe_file):
     (line,) = problems(recipe_file("checkpoint: {zzz: 1}"))
-    assert line == "recipe.yaml: checkpoint.zzz: unknown key; known: every, keep (line 1)"
+    assert line == (
+        "recipe.yaml: checkpoint.zzz: unknown key; "
+        "known: every, keep, async, best_metric, best_mode (line 1)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,8 @@ def test_without_a_near_key_the_known_ones_are_listed(recipe_file):
         ("train: {compile: yes}", "train.compile: 'yes' is not true or false"),
         (
             "train: {schedule: cosin}",
-            "train.schedule: 'cosin' is not allowed; use 'cosine', 'wsd', 'linear' or 'constant'",
+            "train.schedule: 'cosin' is not allowed; "
+            "use 'cosine', 'wsd', 'linear', 'inverse_sqrt' or 'constant'",
         ),
         ("train: 5", "train: 5 is not a section with keys"),
         ("train: [1]", "train: [1] is not a section with keys"),

@@ -9,26 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys refused, defaults validated."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-
-def _section(cls: type[Section], description: str, *, alias: str | None = None) -> Any:
-    """A field whose default is the section with all its defaults."""
-    return Field(default_factory=cls, description=description, alias=alias)
+from hearth.config.objectives import (
+    DistillSection,
+    ParameterGroupSection,
+    PreferenceSection,
+    ReinforceSection,
+)
+from hearth.config.section import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    section,
+)
 
 
 class AdapterSection(Section):
@@ -39,6 +36,10 @@ class AdapterSection(Section):
     dropout: Fraction = Field(0.0, description="Dropout on the adapter's input.")
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
         "all-linear", description="Names of the linear layers that get an adapter."
+    )
+    dora: bool = Field(False, description="Learn magnitudes apart from directions (DoRA).")
+    quantize: Literal["none", "int8", "nf4"] = Field(
+        "none", description="Keep the frozen base weights in 8 bits or in 4-bit NormalFloat (QLoRA)."
     )
 
 
@@ -120,7 +121,7 @@ class DataSection(Section):
         None, description="A prepared dataset, a directory or a name in the workspace; instead of sources."
     )
     sources: tuple[SourceSection, ...] = Field((), description="Where the documents come from.")
-    filters: FilterSection = _section(FilterSection, "Quality filters.")
+    filters: FilterSection = section(FilterSection, "Quality filters.")
     deduplicate: Literal["exact", "none"] = Field("exact", description="Drop repeated documents.")
     on_bad_file: Literal["skip", "fail"] = Field(
         "skip", description="A binary file or invalid UTF-8 among texts: skip it and count it, or stop."
@@ -144,17 +145,33 @@ class DataSection(Section):
 class TrainSection(Section):
     """Objective and optimisation. A step is one optimizer update over ``batch_size`` rows."""
 
-    objective: Literal["pretrain", "sft"] = Field(
-        "pretrain", description="pretrain: every token counts; sft: the assistant's tokens count."
+    objective: str = Field(
+        "pretrain",
+        description="pretrain, sft, distill, dpo, ipo, kto, orpo, simpo, reward, grpo, ppo, or one that a "
+        "package registers as an entry point of hearth.objectives.",
     )
+    preference: PreferenceSection = section(PreferenceSection, "Learning from comparisons.")
+    reinforce: ReinforceSection = section(ReinforceSection, "Reinforcement learning.")
+    distill: DistillSection = section(DistillSection, "Distillation.")
     steps: PositiveInt | None = Field(None, description="Optimizer steps to run.")
     epochs: PositiveFloat | None = Field(None, description="Passes over the data; instead of steps.")
     batch_size: PositiveInt = Field(32, description="Rows in one optimizer step.")
-    micro_batch_size: PositiveInt = Field(8, description="Rows in one forward and backward pass.")
+    micro_batch_size: PositiveInt | Literal["auto"] = Field(
+        8, description="Rows in one forward and backward pass; auto: as many as fit in memory."
+    )
+    optimizer: Literal["adamw", "adafactor", "lion", "muon", "adamw8bit"] = Field(
+        "adamw", description="How gradients become updates."
+    )
+    parameter_groups: tuple[ParameterGroupSection, ...] = Field(
+        (), description="Weights with a learning rate or decay of their own; the first match counts."
+    )
     learning_rate: PositiveFloat = Field(3e-4, description="Peak learning rate.")
     min_lr_ratio: Fraction = Field(0.1, description="Final learning rate as a share of the peak.")
-    schedule: Literal["cosine", "wsd", "linear", "constant"] = Field(
+    schedule: Literal["cosine", "wsd", "linear", "inverse_sqrt", "constant"] = Field(
         "cosine", description="Shape after warmup."
+    )
+    decay_shape: Literal["linear", "sqrt", "cosine"] = Field(
+        "linear", description="WSD: how the learning rate falls in the final decay."
     )
     warmup_steps: NonNegativeInt = Field(0, description="Steps of linear warmup.")
     decay_fraction: Fraction = Field(0.2, description="WSD: share of the steps spent in the final decay.")
@@ -163,10 +180,24 @@ class TrainSection(Section):
     beta2: Fraction = Field(0.95, description="AdamW beta2.")
     epsilon: PositiveFloat = Field(1e-8, description="AdamW epsilon.")
     grad_clip: NonNegativeFloat = Field(1.0, description="Largest gradient norm; 0 does not clip.")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
+    precision: Literal["auto", "bf16", "fp16", "fp8", "fp32"] = Field(
         "auto", description="Autocast type; auto takes bf16 where the hardware computes in it."
     )
-    compile: bool = Field(False, description="Compile the model with torch.compile.")
+    compile: bool = Field(False, description="Compile each block of the model with torch.compile.")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="Recompute activations in the backward pass: of whole blocks, or of all but products.",
+    )
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="Keep an exponential moving average of the weights with this decay; 0 keeps none."
+    )
+    on_non_finite: Literal["stop", "skip"] = Field(
+        "stop", description="A loss or gradient that is not finite ends the run, or skips the update."
+    )
+    max_skipped_steps: PositiveInt = Field(10, description="Updates that may be skipped in a row.")
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="First and last step of a torch profile, written into the run as a trace."
+    )
     evaluate_every: NonNegativeInt = Field(
         0, description="Steps between evaluations; 0 evaluates at the end."
     )
@@ -182,7 +213,7 @@ class TrainSection(Section):
     def _consistent(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
-        if self.batch_size % self.micro_batch_size:
+        if self.micro_batch_size != "auto" and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
@@ -204,6 +235,13 @@ class CheckpointSection(Section):
 
     every: NonNegativeInt = Field(0, description="Steps between checkpoints; 0 saves at the end only.")
     keep: Annotated[int, Field(ge=2)] = Field(2, description="Newest checkpoints to keep, besides the best.")
+    async_: bool = Field(
+        True, alias="async", description="Write in the background; a step waits only for a copy of the state."
+    )
+    best_metric: str = Field("eval_loss", description="The metric that decides which checkpoint is best.")
+    best_mode: Literal["min", "max"] = Field("min", description="Whether less or more of it is better.")
+
+    model_config = ConfigDict(populate_by_name=True)
 
 
 class TrackSection(Section):
@@ -211,6 +249,13 @@ class TrackSection(Section):
 
     name: str | None = Field(None, description="Name of the run; default: the name of the recipe file.")
     tags: dict[str, str] = Field(default_factory=dict, description="Tags of the run.")
+    trackers: tuple[str, ...] = Field(
+        (), description="Where metrics go besides the workspace: tensorboard, mlflow, wandb, comet."
+    )
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Options of each tracker.")
+    system_metrics_every: NonNegativeFloat = Field(
+        15.0, description="Seconds between samples of CPU, memory and GPU; 0 takes none."
+    )
 
 
 class EvaluateSection(Section):
@@ -242,15 +287,15 @@ class RegisterSection(Section):
 class Recipe(Section):
     """A whole job. ``Recipe.load`` reads it from a file with its layers; see ``hearth.config.loading``."""
 
-    model: ModelSection = _section(ModelSection, "Where the weights start.")
-    tokenizer: TokenizerSection = _section(TokenizerSection, "The tokenizer.")
-    data: DataSection = _section(DataSection, "The data.")
-    train: TrainSection = _section(TrainSection, "Objective and optimisation.")
-    parallel: ParallelSection = _section(ParallelSection, "Processes and devices.")
-    checkpoint: CheckpointSection = _section(CheckpointSection, "Checkpoints.")
-    track: TrackSection = _section(TrackSection, "Tracking.")
-    evaluate: EvaluateSection = _section(EvaluateSection, "Evaluation.")
-    register_: RegisterSection = _section(RegisterSection, "Registration.", alias="register")
+    model: ModelSection = section(ModelSection, "Where the weights start.")
+    tokenizer: TokenizerSection = section(TokenizerSection, "The tokenizer.")
+    data: DataSection = section(DataSection, "The data.")
+    train: TrainSection = section(TrainSection, "Objective and optimisation.")
+    parallel: ParallelSection = section(ParallelSection, "Processes and devices.")
+    checkpoint: CheckpointSection = section(CheckpointSection, "Checkpoints.")
+    track: TrackSection = section(TrackSection, "Tracking.")
+    evaluate: EvaluateSection = section(EvaluateSection, "Evaluation.")
+    register_: RegisterSection = section(RegisterSection, "Registration.", alias="register")
 
     model_config = ConfigDict(populate_by_name=True)
 
