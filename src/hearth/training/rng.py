@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,33 +25,59 @@ def capture() -> tuple[dict[str, Any], dict[str, Tensor]]:
     assert isinstance(generator, dict)
     state = generator["state"]
     values = {
-        "python": [version, list(words), gauss],
+        "python": {"version": version, "gauss": gauss},
         "numpy": {
-            "key": [int(word) for word in state["key"]],
             "pos": int(state["pos"]),
             "has_gauss": int(generator["has_gauss"]),
             "gauss": float(generator["gauss"]),
         },
     }
-    tensors = {"torch": torch.get_rng_state()}
+    tensors = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.tensor(state["key"].astype(np.int64)),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
     return values, tensors
 
 
-def restore(values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def restore(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Put every generator back to where ``capture`` found it."""
-    version, words, gauss = values["python"]
-    random.setstate((version, tuple(words), gauss))
-    numpy_state = values["numpy"]
+    python, numpy_state = values["python"], values["numpy"]
+    random.setstate((python["version"], tuple(tensors["python"].tolist()), python["gauss"]))
+    key = tensors["numpy"].numpy().astype(np.uint32)
     np.random.set_state(
         {
             "bit_generator": "MT19937",
-            "state": {"key": np.array(numpy_state["key"], dtype=np.uint32), "pos": numpy_state["pos"]},
+            "state": {"key": key, "pos": numpy_state["pos"]},
             "has_gauss": numpy_state["has_gauss"],
             "gauss": numpy_state["gauss"],
         }
     )
-    torch.set_rng_state(tensors["torch"].to(torch.uint8))
+    torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"].to(torch.uint8))
+        torch.cuda.set_rng_state(tensors["cuda"])
+
+
+class RandomState:
+    """The generators of this process as a part of a checkpoint."""
+
+    def __init__(self) -> None:
+        self._values: Mapping[str, Any] = {}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The states of the generators."""
+        return capture()[1]
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
+        """Continue the streams of the checkpoint."""
+        restore(self._values, tensors)
+
+    def state_values(self) -> dict[str, Any]:
+        """Positions inside the states."""
+        return capture()[0]
+
+    def load_state_values(self, values: Mapping[str, Any], /) -> None:
+        """Kept until the tensors come."""
+        self._values = values

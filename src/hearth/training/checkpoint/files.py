@@ -1,0 +1,192 @@
+"""The files of a checkpoint: each byte is hashed on its way to the disk, none is read again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hearth.errors import IntegrityError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+TENSORS = ".safetensors"
+FORMAT = 2
+
+# Large enough that writing and hashing run outside Python's lock, small enough to be cancelled soon.
+_CHUNK_BYTES = 4 << 20
+
+# The names of the safetensors format, https://github.com/huggingface/safetensors (README, "Format").
+_DTYPE_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+
+
+class WriteCancelledError(Exception):
+    """The writer was told to give up; never seen outside this package."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What the manifest knows of a file."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of. A process hashes the files that it writes; one process commits them all.
+
+    ``metrics`` are those of the evaluation at this step, if there was one.
+    """
+
+    step: int
+    files: dict[str, FileFacts]
+    metrics: dict[str, float]
+
+    def groups(self) -> list[str]:
+        """Names of the groups of tensors."""
+        return [name.removesuffix(TENSORS) for name in self.files if name.endswith(TENSORS)]
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest as JSON, with the SHA-256 of itself, so that no byte of it can change unseen."""
+    body: dict[str, Any] = {"format": FORMAT, **asdict(manifest)}
+    plain = json.dumps(body, indent=1, sort_keys=True).encode()
+    body["sha256"] = hashlib.sha256(plain).hexdigest()
+    return json.dumps(body, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint. Raises IntegrityError unless every byte is as it was written."""
+    path = directory / MANIFEST
+    try:
+        raw = path.read_bytes()
+        body = json.loads(raw)
+        if body["format"] != FORMAT:
+            raise IntegrityError(f"checkpoint {directory} has format {body['format']}, not {FORMAT}")
+        files = {str(name): FileFacts(**facts) for name, facts in body["files"].items()}
+        manifest = Manifest(int(body["step"]), files, dict(body["metrics"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"checkpoint {directory} has no readable {MANIFEST}: {error}") from error
+    if encode_manifest(manifest) != raw:
+        raise IntegrityError(f"{path} does not match the SHA-256 in itself")
+    return manifest
+
+
+class HashingFile:
+    """A new file that hashes what is written to it; closing flushes it to the disk."""
+
+    def __init__(self, path: Path, cancelled: Callable[[], bool]) -> None:
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._cancelled = cancelled
+        self._size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write and hash. Raises OSError, and WriteCancelledError once the writer should give up."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _CHUNK_BYTES):
+            if self._cancelled():
+                raise WriteCancelledError
+            part = view[start : start + _CHUNK_BYTES]
+            self._file.write(part)
+            self._digest.update(part)
+            self._size += len(part)
+
+    def finish(self) -> FileFacts:
+        """Make it durable; its hash and size."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return FileFacts(self._digest.hexdigest(), self._size)
+
+    def __enter__(self) -> HashingFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _never() -> bool:
+    return False
+
+
+def write_bytes(path: Path, data: bytes, cancelled: Callable[[], bool] = _never) -> FileFacts:
+    """Write a small file durably."""
+    with HashingFile(path, cancelled) as file:
+        file.write(data)
+        return file.finish()
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], cancelled: Callable[[], bool] = _never
+) -> FileFacts:
+    """Write tensors as a safetensors file in one pass, without a copy of those that are already on the host.
+
+    The library's own writer copies every tensor into a bytes object first, and holds Python's lock meanwhile.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps all aligned
+    header: dict[str, Any] = {}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with HashingFile(path, cancelled) as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in order:
+            host = tensors[name].detach().cpu().contiguous()
+            file.write(memoryview(host.reshape(-1).view(torch.uint8).numpy()))
+        return file.finish()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small file by rename, durably."""
+    temporary = path.with_name(path.name + ".tmp")
+    write_bytes(temporary, text.encode())
+    temporary.replace(path)
+    fsync_directory(path.parent)

@@ -1,0 +1,63 @@
+"""The parts of a checkpoint that every run has, besides its counters and random states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hearth.errors import IntegrityError
+from hearth.training.optimizers import load_optimizer_tensors, optimizer_tensors
+
+
+class Weights:
+    """What training changes of a model; ``weights`` returns the tensors themselves, by name."""
+
+    def __init__(self, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._weights = weights
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The weights as they are."""
+        return {name: weight.detach() for name, weight in self._weights().items()}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
+        """Copy into the weights. Raises IntegrityError for names or shapes of another model."""
+        weights = self._weights()
+        differing = sorted(set(weights) ^ set(tensors))
+        differing += [name for name in weights if name in tensors and weights[name].shape != tensors[name].shape]
+        if differing:
+            raise IntegrityError(f"the checkpoint holds the weights of another model: {differing[0]} differs")
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(tensors[name])
+
+    def state_values(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def load_state_values(self, values: Mapping[str, Any], /) -> None:
+        """None."""
+
+
+class OptimizerState:
+    """What an optimizer remembers, by the names of the weights."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        self._optimizer, self._model = optimizer, model
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """``WEIGHT|KEY`` → tensor."""
+        return optimizer_tensors(self._optimizer, self._model)
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
+        """Take over the moments. Raises IntegrityError or ConfigError for those of something else."""
+        load_optimizer_tensors(self._optimizer, self._model, dict(tensors))
+
+    def state_values(self) -> dict[str, Any]:
+        """None: what is no tensor follows from the recipe and the step."""
+        return {}
+
+    def load_state_values(self, values: Mapping[str, Any], /) -> None:
+        """None."""

@@ -1,0 +1,78 @@
+"""Who has state that a run needs to continue: the model, the optimizers, random states, an average of the
+weights, a loss scaler, whatever an objective keeps. Each is one group of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from hearth.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hearth.training.checkpoint.store import Checkpoint
+
+_GROUP_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Something whose state a checkpoint holds.
+
+    What ``state_*`` returns must, given to ``load_state_*`` of a fresh object, make it behave bit for bit as
+    this one. Tensors may be live: the saver copies them before the next step changes them. Loaded tensors are
+    on the host. ``load_state_values`` is called first.
+    """
+
+    def state_tensors(self) -> Mapping[str, Tensor]:
+        """Tensors by name, those that training changes."""
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
+        """Take over the tensors of a checkpoint."""
+
+    def state_values(self) -> Mapping[str, Any]:
+        """JSON values by name: finite numbers, strings, lists, dictionaries with string keys, None."""
+
+    def load_state_values(self, values: Mapping[str, Any], /) -> None:
+        """Take over the values of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a checkpoint: groups of tensors, and JSON values by group."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    values: dict[str, Any]
+
+
+def collect(parts: Mapping[str, Stateful]) -> Contents:
+    """The state of all parts, as it is now."""
+    for name in parts:
+        assert _GROUP_NAME.fullmatch(name), f"{name!r} cannot name a file of a checkpoint"
+    return Contents(
+        tensors={name: dict(part.state_tensors()) for name, part in parts.items()},
+        values={name: dict(part.state_values()) for name, part in parts.items()},
+    )
+
+
+def restore(parts: Mapping[str, Stateful], checkpoint: Checkpoint) -> None:
+    """Put every part back to where the checkpoint found it.
+
+    Raises ConfigError, before anything changes, when the checkpoint has other parts than this run.
+    """
+    saved = checkpoint.state["parts"]
+    absent, unknown = sorted(set(parts) - set(saved)), sorted(set(saved) - set(parts))
+    if absent or unknown:
+        says = [f"has no state of {name}" for name in absent]
+        says += [f"has state of {name}, which this run does not use" for name in unknown]
+        raise ConfigError(
+            f"checkpoint {checkpoint.path} cannot be resumed: it {', '.join(says)}",
+            fix="keep the settings of the run, or start a new run from its model",
+        )
+    for name, part in parts.items():
+        part.load_state_values(saved[name])
+        part.load_state_tensors(checkpoint.tensors[name])

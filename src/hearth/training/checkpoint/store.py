@@ -1,0 +1,354 @@
+"""The checkpoints of one run on the disk: commit, choose, verify, prune.
+
+With several processes each writes and hashes its own files into the same ``.tmp`` folder, and one of them
+gathers their facts and commits; a file of a process is then called ``GROUP-RANK-of-WORLD.safetensors``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hearth.errors import IntegrityError, NotFoundError, StorageError
+from hearth.training.checkpoint.files import (
+    MANIFEST,
+    STATE,
+    TENSORS,
+    FileFacts,
+    Manifest,
+    WriteCancelledError,
+    encode_manifest,
+    fsync_directory,
+    hash_file,
+    read_manifest,
+    replace_text,
+    write_bytes,
+    write_tensors,
+)
+
+_NAME = re.compile(r"step-(\d{6,})")
+_UNFINISHED = ".tmp"
+_REPLACED = ".old.tmp"
+_SET_ASIDE = ".damaged"
+
+
+class _Groups(Mapping[str, dict[str, Tensor]]):
+    """Groups of tensors that are read when they are asked for; a group without tensors is empty."""
+
+    def __init__(self, directory: Path, names: list[str]) -> None:
+        self._directory, self._names = directory, names
+
+    def __getitem__(self, name: str) -> dict[str, Tensor]:
+        if name not in self._names:
+            return {}
+        return load_file(self._directory / f"{name}{TENSORS}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was verified: groups of tensors by name, and JSON values."""
+
+    path: Path
+    step: int
+    tensors: Mapping[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is to be written; nobody changes it any more."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: bytes
+    metrics: dict[str, float] = field(default_factory=dict)
+    best: bool = False
+
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for group in self.tensors.values() for t in group.values())
+
+
+def encode_state(state: Mapping[str, Any]) -> bytes:
+    """The values of a checkpoint as JSON. Raises ValueError for a number that is not finite."""
+    return json.dumps(state, indent=1, allow_nan=False).encode()
+
+
+def checkpoint_name(step: int) -> str:
+    """``step-000123``."""
+    return f"step-{step:06d}"
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step that a checkpoint is called after."""
+    return int(path.name.partition("-")[2])
+
+
+def _never() -> bool:
+    return False
+
+
+class CheckpointStore:
+    """The checkpoints of one run, under ``RUN/checkpoints``, with ``RUN/latest`` and ``RUN/best``."""
+
+    def __init__(
+        self, run_dir: Path, *, keep: int = 2, warn: Callable[[str], None] = lambda _message: None
+    ) -> None:
+        self.run_dir = run_dir
+        self.root = run_dir / "checkpoints"
+        self.keep = max(2, keep)
+        self._warn = warn
+        self._sound: dict[str, dict[str, FileFacts]] = {}  # what this process wrote or verified
+
+    # ── writing ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        best: bool = False,
+    ) -> Path:
+        """Commit a checkpoint now and return its directory; see ``commit``."""
+        return self.commit(Snapshot(step, tensors, encode_state(state), dict(metrics or {}), best))
+
+    def commit(self, snapshot: Snapshot, cancelled: Callable[[], bool] = _never) -> Path:
+        """Write a checkpoint and commit it; its directory.
+
+        Raises StorageError when the disk is full or fails; the unfinished directory is removed and the
+        previous checkpoint and ``latest`` are as they were. Once ``cancelled`` says so, gives up in the same
+        way with WriteCancelledError.
+        """
+        final = self.root / checkpoint_name(snapshot.step)
+        temporary = final.with_name(final.name + _UNFINISHED)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._require_space(snapshot)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            files = write_snapshot(temporary, snapshot, cancelled)
+            self._commit_files(temporary, final, Manifest(snapshot.step, files, snapshot.metrics))
+            replace_text(self.run_dir / "latest", final.name + "\n")
+            if snapshot.best:
+                replace_text(self.run_dir / "best", final.name + "\n")
+        except WriteCancelledError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._restore_replaced()
+            raise self._storage_error(final, snapshot.num_bytes(), error) from error
+        self.prune()
+        return final
+
+    def _commit_files(self, temporary: Path, final: Path, manifest: Manifest) -> None:
+        write_bytes(temporary / MANIFEST, encode_manifest(manifest))
+        fsync_directory(temporary)
+        replaced = final.with_name(final.name + _REPLACED)
+        if final.exists():  # of an earlier attempt at this very step
+            final.rename(replaced)
+        temporary.rename(final)
+        fsync_directory(self.root)
+        self._sound[final.name] = manifest.files
+
+    def _require_space(self, snapshot: Snapshot) -> None:
+        """A disk that is too small is known before half a checkpoint has filled it."""
+        if shutil.disk_usage(self.root).free < snapshot.num_bytes():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def _storage_error(self, final: Path, needed: int, error: OSError) -> StorageError:
+        free = 0
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(self.run_dir).free
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "the disk is full" if full else (error.strerror or str(error))
+        return StorageError(
+            f"cannot write checkpoint {final}: {what} ({needed} bytes needed, {free} free)",
+            fix="free space; earlier checkpoints are intact, and the run resumes from the newest of them",
+        )
+
+    def _restore_replaced(self) -> None:
+        """Put back a checkpoint that was moved aside for one of the same step that never came."""
+        for path in self.root.glob(f"*{_REPLACED}"):
+            final = path.with_name(path.name.removesuffix(_REPLACED))
+            if not final.exists():
+                path.rename(final)
+
+    # ── keeping ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def prune(self) -> None:
+        """Keep the newest ``keep`` sound checkpoints, the best and the latest; remove unfinished ones.
+
+        What this process has neither written nor verified is verified before anything older is given up for
+        it, so that there are never fewer than ``keep`` sound ones while there were as many.
+        """
+        protected = {name for name in (self._pointer("best"), self._pointer("latest")) if name}
+        found = self.list()
+        num_sound = 0
+        for path in found:
+            if num_sound < self.keep:
+                protected.add(path.name)
+                num_sound += self._is_sound(path)
+        for path in self.root.iterdir():
+            finished = _NAME.fullmatch(path.name)
+            superseded = path.name.endswith(_SET_ASIDE) and num_sound >= self.keep
+            if path.name.endswith(_UNFINISHED) or superseded or (finished and path.name not in protected):
+                self._sound.pop(path.name, None)
+                _remove(path)
+
+    def _is_sound(self, path: Path) -> bool:
+        """Whether a checkpoint verifies. The bytes of one are read once in a process, then its sizes."""
+        files = self._sound.get(path.name)
+        try:
+            if files is None:
+                self._sound[path.name] = self.verify(path).files
+            elif any((path / name).stat().st_size != facts.bytes for name, facts in files.items()):
+                raise IntegrityError(f"a file of {path} has another size than when it was written")
+        except (IntegrityError, OSError) as error:
+            self._sound.pop(path.name, None)
+            self._warn(f"checkpoint {path.name} is damaged and an older one is kept in its place: {error}")
+            return False
+        return True
+
+    def discard_after(self, step: int) -> None:
+        """Take checkpoints of later steps out of the way: the run goes on from ``step``, as they are damaged.
+
+        They are kept as ``step-N.damaged`` until there are new ones.
+        """
+        for path in self.list():
+            if checkpoint_step(path) > step:
+                aside = path.with_name(path.name + _SET_ASIDE)
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                self._sound.pop(path.name, None)
+                for pointer in ("best", "latest"):
+                    if self._pointer(pointer) == path.name:
+                        (self.run_dir / pointer).unlink(missing_ok=True)
+
+    # ── reading ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def list(self) -> list[Path]:
+        """Committed checkpoints, newest first. Whether their bytes are sound is known after ``verify``."""
+        if not self.root.is_dir():
+            return []
+        found = [path for path in self.root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=checkpoint_step, reverse=True)
+
+    def _pointer(self, name: str) -> str | None:
+        try:
+            return (self.run_dir / name).read_text(encoding="utf-8").strip() or None
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    def best(self) -> Path | None:
+        """The checkpoint of the best evaluation."""
+        name = self._pointer("best")
+        path = self.root / name if name and _NAME.fullmatch(name) else None
+        return path if path is not None and path.is_dir() else None
+
+    def verify(self, path: Path) -> Manifest:
+        """Compare size and SHA-256 of every file with the manifest. Raises IntegrityError."""
+        manifest = read_manifest(path)
+        try:
+            for name, facts in manifest.files.items():
+                size = (path / name).stat().st_size
+                if size != facts.bytes:
+                    raise IntegrityError(f"{path / name} has {size} bytes, its manifest says {facts.bytes}")
+                if hash_file(path / name) != facts.sha256:
+                    raise IntegrityError(f"{path / name} does not match the SHA-256 of its manifest")
+        except OSError as error:
+            raise IntegrityError(f"checkpoint {path} cannot be read: {error}") from error
+        return manifest
+
+    def load(self, path: Path) -> Checkpoint:
+        """Verify one checkpoint and open it. Raises IntegrityError."""
+        manifest = self.verify(path)
+        if checkpoint_step(path) != manifest.step:
+            raise IntegrityError(f"{path} holds the checkpoint of step {manifest.step}")
+        self._sound[path.name] = manifest.files
+        try:
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            return Checkpoint(path, manifest.step, _Groups(path, manifest.groups()), state, manifest.metrics)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise IntegrityError(f"checkpoint {path} cannot be read: {error}") from error
+
+    def find(self, which: int | str) -> Checkpoint:
+        """The checkpoint of a step, the ``best``, or the ``latest`` that verifies.
+
+        Raises NotFoundError, and IntegrityError for a damaged one that was asked for by name.
+        """
+        if which == "latest":
+            return self.load_newest()
+        path = self.best() if which == "best" else self.root / checkpoint_name(int(which))
+        if path is None or not path.is_dir():
+            steps = ", ".join(str(checkpoint_step(found)) for found in reversed(self.list()))
+            what = "best checkpoint: nothing was evaluated" if which == "best" else f"checkpoint of step {which}"
+            raise NotFoundError(
+                f"{self.run_dir} has no {what}", fix=f"there are checkpoints of step {steps}" if steps else None
+            )
+        return self.load(path)
+
+    def load_newest(self) -> Checkpoint:
+        """The newest checkpoint that verifies; what had to be passed over is reported through ``warn``.
+
+        Raises NotFoundError when there is none at all, IntegrityError when none verifies.
+        """
+        self._restore_replaced()
+        candidates = self.list()
+        if not candidates:
+            raise NotFoundError(
+                f"no checkpoint in {self.root}", fix="the run stopped before its first one: start it again"
+            )
+        for path in candidates:
+            try:
+                checkpoint = self.load(path)
+            except IntegrityError as error:
+                self._warn(f"checkpoint {path.name} is damaged and is not used: {error.message}")
+                continue
+            if path is not candidates[0]:
+                self._warn(f"going on from the older checkpoint {path.name}")
+            return checkpoint
+        raise IntegrityError(f"none of the {len(candidates)} checkpoints in {self.root} verifies")
+
+
+def write_snapshot(
+    directory: Path, snapshot: Snapshot, cancelled: Callable[[], bool] = _never
+) -> dict[str, FileFacts]:
+    """Write the files of this process durably, and return what the manifest must say of them."""
+    files = {
+        f"{group}{TENSORS}": write_tensors(directory / f"{group}{TENSORS}", tensors, cancelled)
+        for group, tensors in snapshot.tensors.items()
+        if tensors
+    }
+    files[STATE] = write_bytes(directory / STATE, snapshot.state, cancelled)
+    return files
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; a kill on the way leaves a name that is no checkpoint's."""
+    doomed = path if path.name.endswith(_UNFINISHED) else path.with_name(path.name + _UNFINISHED)
+    with contextlib.suppress(OSError):
+        if doomed != path:
+            path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
