@@ -87,16 +87,27 @@ class SourceSection(Section):
     path: str = Field(
         description="A file, a folder, a glob, or `stdlib` for the source of Python's standard library."
     )
-    format: Literal["auto", "text", "jsonl", "chat", "stdlib", "stdlib-chat"] = Field(
+    format: Literal[
+        "auto", "text", "jsonl", "chat", "preference", "feedback", "prompts", "stdlib", "stdlib-chat"
+    ] = Field(
         "auto",
-        description="text: a file is a document; jsonl: a line is one; chat: a line is a conversation.",
+        description="text: a file is a document; jsonl: a line is one; chat: a line is a conversation; "
+        "preference: a prompt with a better and a worse answer; feedback: an answer with a verdict; "
+        "prompts: questions to answer, with whatever else the line holds.",
     )
     text_field: str = Field("text", description="The JSONL key that holds the text.")
     messages_field: str = Field("messages", description="The JSONL key that holds a list of messages.")
     prompt_field: str | None = Field(
-        None, description="For chat: the key of the user's turn, where rows are prompt and response."
+        None,
+        description="The key of the user's turn, or a pattern of keys in braces, where rows are not messages. "
+        "Default for preference, feedback and prompts: prompt.",
     )
-    response_field: str | None = Field(None, description="For chat: the key of the assistant's turn.")
+    response_field: str | None = Field(
+        None, description="The key of the assistant's turn. Default for feedback: completion."
+    )
+    chosen_field: str = Field("chosen", description="For preference: the key of the better answer.")
+    rejected_field: str = Field("rejected", description="For preference: the key of the worse answer.")
+    label_field: str = Field("label", description="For feedback: the key that says whether it is good.")
     license: str | None = Field(None, description="The licence of the text, kept in the manifest.")
 
 
@@ -111,6 +122,15 @@ class FilterSection(Section):
     min_alphabetic: Fraction = Field(0.0, description="Drop documents with a smaller share of letters.")
     max_duplicate_lines: Fraction = Field(
         1.0, description="Drop documents where a larger share of the non-empty lines repeats an earlier one."
+    )
+
+
+class FimSection(Section):
+    """Fill in the middle, for code models: some texts are read as beginning, end, middle."""
+
+    rate: Fraction = Field(0.5, description="Share of the texts that are rearranged.")
+    spm_rate: Fraction = Field(
+        0.5, description="Share of those that give the end first and then beginning and middle in one piece."
     )
 
 
@@ -130,8 +150,11 @@ class DataSection(Section):
     sequence_length: PositiveInt = Field(512, description="Tokens in one training row.")
     packing: bool = Field(True, description="Fill rows with several documents, isolated from one another.")
     truncate: bool = Field(
-        False, description="Chat: cut conversations longer than a row instead of dropping and counting them."
+        False,
+        description="What is longer than a row is cut instead of dropped and counted: conversations at their "
+        "end, prompts of samples at their beginning.",
     )
+    fim: FimSection | None = Field(None, description="Train texts to be filled in, too (pretrain).")
     seed: int = Field(0, description="Decides the split and the order of the rows.")
     num_workers: NonNegativeInt = Field(0, description="Processes that tokenise; 0 means one a core.")
 
