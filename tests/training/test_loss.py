@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from hearth.config import Recipe
 from hearth.training import loss as loss_module
 from hearth.training.batches import Batch, collate
 from hearth.training.loss import linear_cross_entropy_sum, split_head, token_loss_sum
-from hearth.training.objectives import make_objective
+from hearth.training.objectives.pretrain import Pretrain
+from hearth.training.objectives.sft import SupervisedFineTuning
 
 Make = Callable[..., Any]
 
@@ -142,10 +144,10 @@ def test_a_fully_masked_batch_is_zero_and_not_nan(tiny_model: Any, pack: Make) -
 def test_pretraining_lifts_the_mask_inside_documents(tiny_model: Any, pack: Make) -> None:
     documents = [[5, 6, 7, 8, 9], [10, 11, 12]]
     batch = collate([pack(documents, 10, [[0, 0, 0, 1, 1], [0, 1, 1]])], [0])
-    lifted = make_objective("pretrain").prepare(batch)
+    lifted = Pretrain(Recipe()).prepare(batch)
     assert lifted.labels_BT[0].tolist() == [6, 7, 8, 9, 11, 12, -100, -100, -100, -100]
     assert lifted.num_valid == 6
-    assert make_objective("sft").prepare(batch).num_valid == 4
+    assert SupervisedFineTuning(Recipe()).prepare(batch).num_valid == 4
 
 
 def test_models_that_change_their_logits_take_the_slow_way(documents: list[list[int]], rows_of: Make) -> None:

@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from hearth.config import Recipe
-from hearth.errors import ConfigError, DataError, Interrupted, NonFiniteError, StorageError, TrainingError
+from hearth.errors import ConfigError, DataError, Interrupted, NonFiniteError, TrainingError
 from hearth.models import load_model, load_tokenizer
 from hearth.training import Batch, Callback, Trainer, measure_step_seconds
-from hearth.training.batches import collate
 from hearth.workspace import Run, Workspace
 
 Make = Callable[..., Any]
@@ -45,7 +44,7 @@ class Record(Callback):
     def on_step(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
         self.losses[step] = metrics["loss"]
 
-    def on_evaluate(self, trainer: Trainer, step: int, eval_loss: float) -> None:
+    def on_evaluate(self, trainer: Trainer, step: int, figures: Mapping[str, float]) -> None:
         self.events.append(f"evaluate {step}")
 
     def on_checkpoint(self, trainer: Trainer, step: int, path: Path) -> None:
@@ -220,9 +219,9 @@ def test_micro_batches_do_not_change_training(train_parts: MakeTrainer) -> None:
 
 def test_early_stopping_keeps_the_best_weights(train_parts: MakeTrainer) -> None:
     class Worse(Trainer):
-        def evaluate(self) -> float:
+        def evaluate(self) -> dict[str, float]:
             kept.setdefault(self.state.step, weights(self))
-            return 1.0 if self.state.step == 4 else 2.0 + self.state.step
+            return {"eval_loss": 1.0 if self.state.step == 4 else 2.0 + self.state.step}
 
     kept: dict[int, dict[str, torch.Tensor]] = {}
     trainer = train_parts(train={"steps": 40, "evaluate_every": 2, "early_stopping_patience": 3})
@@ -238,7 +237,7 @@ def test_sft_counts_only_answers(train_parts: MakeTrainer, chats: Path) -> None:
     data = {"sources": [{"path": str(chats), "format": "chat"}], "sequence_length": 64}
     record = Record()
     trainer = train_parts(callbacks=[record], data=data, train={"objective": "sft", "steps": 30})
-    batch = trainer.objective.prepare(collate(trainer.rows, [0]))
+    batch = trainer.objective.collate(trainer.rows, [0])
     assert 0 < batch.num_valid < batch.num_tokens
     run = trainer.fit()
     assert record.losses[30] < record.losses[1] - 1.0
@@ -378,7 +377,7 @@ def test_nan_stops_before_the_step_and_names_the_documents(
 ) -> None:
     trainer = train_parts()
     trainer.__class__ = Poisoned
-    trainer.poison = trainer._micro_batches(3)[1][0]
+    trainer.poison = trainer.step_rows(3)[trainer.micro_batch_size]
     before: dict[str, torch.Tensor] = {}
 
     class Keep(Callback):
@@ -419,35 +418,13 @@ def test_own_loss_with_its_own_count_is_normalised_by_it(train_parts: MakeTraine
 
     plain, own = train_parts(), train_parts()
     own.__class__ = Halves
-    batches = [own.objective.prepare(b) for b in (collate(own.rows, rows) for rows in own._micro_batches(0))]
+    batches = own.objective.batches(own, 0, own.step_rows(0))
     counted = sum(b.num_valid // 2 if b.num_valid % 2 == 0 else b.num_valid for b in batches)
     expected = sum(b.num_valid for b in batches)
     factor = 0.5 * expected / counted
     first, second = plain.train_step(0), own.train_step(0)
     assert second.loss == pytest.approx(first.loss * factor, rel=1e-5)
     assert second.grad_norm == pytest.approx(first.grad_norm * factor, rel=1e-4)
-
-
-def test_full_disk_fails_the_run_and_keeps_the_previous_checkpoint(
-    train_parts: MakeTrainer, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from hearth.training import checkpoint
-
-    original = checkpoint.save_file
-
-    def full(values: Any, path: Path) -> None:
-        if "step-000004" in str(path) and path.name == "optimizer.safetensors":
-            raise OSError(28, "No space left on device")
-        original(values, path)
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(StorageError, match="the disk is full"):
-        train_parts(checkpoint={"every": 2}).fit()
-    run = workspace.runs.list()[0]
-    assert run.status == "failed"
-    assert (run.dir / "latest").read_text().strip() == "step-000002"
-    monkeypatch.undo()
-    assert train_parts(resume=run.id, checkpoint={"every": 2}).fit().summary["steps"] == 8
 
 
 def test_own_model_and_rows(

@@ -1,14 +1,15 @@
 """From packed rows to tensors, and where in the data a run stands.
 
 The order of rows is a pure function of (seed, epoch, position), so the position is one number: how many rows
-the optimizer steps so far have consumed. Shape suffixes: B rows, T positions.
+the optimizer steps so far have consumed. Shape suffixes: B rows, T positions,
+S sequences.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +33,26 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
+class Sequences:
+    """What the segments of a batch are; segment s of the whole batch is sequence s.
+
+    ``samples_S``: which of the batch's rows it belongs to; ``sides_S``: 0 the chosen (or only) one, 1 the
+    rejected one; ``labels_S``: 1.0 for a good answer, 0.0 for a bad one.
+    """
+
+    samples_S: Tensor
+    sides_S: Tensor
+    labels_S: Tensor
+
+    def __len__(self) -> int:
+        return len(self.samples_S)
+
+    def to(self, device: torch.device) -> Sequences:
+        """The same on another device."""
+        return Sequences(self.samples_S.to(device), self.sides_S.to(device), self.labels_S.to(device))
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows as tensors.
 
@@ -46,6 +67,9 @@ class Batch:
     num_valid: int  # labels that count
     num_tokens: int  # positions that are not padding
     rows: tuple[int, ...] = ()  # which rows these are
+    sequences: Sequences | None = None  # where rows are samples: what each segment is
+    # Further tensors that an objective needs: old log-probabilities, advantages …
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
@@ -53,7 +77,9 @@ class Batch:
             return self
         names = ("input_ids_BT", "labels_BT", "position_ids_BT", "segment_ids_BT")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return Batch(**moved, num_valid=self.num_valid, num_tokens=self.num_tokens, rows=self.rows)
+        extras = {name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()}
+        sequences = None if self.sequences is None else self.sequences.to(device)
+        return replace(self, **moved, extras=extras, sequences=sequences)
 
 
 def _field(row: Any, name: str) -> Any:
@@ -67,9 +93,11 @@ def collate(rows: Rows, indices: Sequence[int]) -> Batch:
     arrays = {
         name: np.stack([np.asarray(_field(row, name), dtype=np.int64) for row in found]) for name in names
     }
-    tensors = {f"{name}_BT": torch.from_numpy(array) for name, array in arrays.items()}
     return Batch(
-        **tensors,
+        input_ids_BT=torch.from_numpy(arrays["input_ids"]),
+        labels_BT=torch.from_numpy(arrays["labels"]),
+        position_ids_BT=torch.from_numpy(arrays["position_ids"]),
+        segment_ids_BT=torch.from_numpy(arrays["segment_ids"]),
         num_valid=int((arrays["labels"] != IGNORE).sum()),
         num_tokens=int((arrays["segment_ids"] >= 0).sum()),
         rows=tuple(indices),

@@ -16,8 +16,8 @@ class Callback:
     def on_step(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
         """After an optimizer step, counted from 1. metrics: loss, grad_norm, lr, num_tokens, seconds."""
 
-    def on_evaluate(self, trainer: Trainer, step: int, eval_loss: float) -> None:
-        """After an evaluation."""
+    def on_evaluate(self, trainer: Trainer, step: int, figures: Mapping[str, float]) -> None:
+        """After an evaluation. figures: eval_loss, and what else the objective measures."""
 
     def on_checkpoint(self, trainer: Trainer, step: int, path: Path) -> None:
         """After a checkpoint has been committed."""

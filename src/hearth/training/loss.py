@@ -24,6 +24,11 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 _heads: weakref.WeakKeyDictionary[nn.Module, tuple[nn.Module, nn.Linear] | None] = weakref.WeakKeyDictionary()
 
 
+def chunk_rows(device: torch.device, num_rows: int, vocab_size: int) -> int:
+    """For how many positions at once the logits are made."""
+    return max(64, min(num_rows, _CHUNK_ELEMENTS.get(device.type, 1 << 24) // vocab_size))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies of ``hidden @ weight.T``, without ever holding all logits.
 
@@ -41,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocab = weight_VD.shape[0]
         exact = torch.float64 if compute == torch.float64 else torch.float32
         hidden, weight = hidden_ND.to(compute), weight_VD.to(compute)
-        chunk = max(64, min(num, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24) // vocab))
+        chunk = chunk_rows(hidden.device, num, vocab)
         logits_buffer = torch.empty(chunk, vocab, dtype=compute, device=hidden.device)
         exact_buffer = logits_buffer if compute == exact else torch.empty_like(logits_buffer, dtype=exact)
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None

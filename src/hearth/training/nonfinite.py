@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from hearth.errors import NonFiniteError
-from hearth.training.batches import collate, describe_row, step_rows
-from hearth.training.optimizer import trainable_parameters
+from hearth.training.batches import describe_row
+from hearth.training.optimizers import trainable_parameters
 from hearth.training.precision import autocast
+from hearth.training.totals import LossTotals, as_losses
 
 if TYPE_CHECKING:
     from hearth.training.trainer import Trainer
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 def _row_breaks(trainer: Trainer, row: int) -> bool:
     """Whether one row alone gives a loss or a gradient that is not finite."""
     trainer.optimizer.zero_grad(set_to_none=True)
-    batch = trainer.objective.prepare(collate(trainer.rows, [row])).to(trainer.device)
-    if batch.num_valid == 0:
+    batch = trainer.objective.collate(trainer.rows, [row]).to(trainer.device)
+    counts = trainer.objective.counts(batch)
+    if not any(counts.values()):
         return False
     with autocast(trainer.precision, trainer.device):
-        loss, _ = trainer.compute_loss(trainer.model, batch)
+        losses = as_losses(trainer.compute_loss(trainer.model, batch))
+    loss = LossTotals(trainer.device).add(losses, counts)
     if not math.isfinite(float(loss.detach())):
         return True
     if loss.requires_grad:
@@ -34,8 +37,7 @@ def _row_breaks(trainer: Trainer, row: int) -> bool:
 
 def non_finite_error(trainer: Trainer, step: int, loss: float, grad_norm: float) -> NonFiniteError:
     """The error for a step that must not be taken, with the rows and documents that cause it."""
-    section = trainer.config.train
-    rows = step_rows(step, batch_size=section.batch_size, seed=section.seed, num_rows=len(trainer.rows))
+    rows = trainer.step_rows(step)
     broken = [row for row in dict.fromkeys(rows) if _row_breaks(trainer, row)]
     trainer.optimizer.zero_grad(set_to_none=True)
     what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"

@@ -7,13 +7,14 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hearth.config import recipe_hash, to_dict, to_yaml
-from hearth.errors import HearthError, Interrupted
+from hearth.errors import ConfigError, HearthError, Interrupted
 from hearth.models import flops_per_token, num_parameters
 from hearth.training import rng
 from hearth.training.checkpoint import CheckpointStore
@@ -87,6 +88,7 @@ class Session:
             )
         self.store = CheckpointStore(run.dir, keep=config.checkpoint.keep, warn=self._warn)
         try:
+            trainer.objective.start(trainer, run.dir)
             if trainer._resume is not None:
                 self._load(run)
             else:
@@ -168,6 +170,7 @@ class Session:
                 "grad_norm": result.grad_norm,
                 "tokens_per_second": rate,
                 "mfu": rate * self._flops / self._peak,
+                **result.metrics,
             }
             run.log_metrics(figures, step=state.step)
             self.progress.step(state.step, {**figures, "eval_loss": self._eval_loss})
@@ -183,7 +186,7 @@ class Session:
         patience = section.early_stopping_patience
         if patience and state.evaluations_without_improvement >= patience:
             self.progress.say(
-                f"stopping early: no improvement over {state.best_eval_loss:.4f} (step {state.best_step}) in "
+                f"stopping early: no improvement over {state.best_metric} (step {state.best_step}) in "
                 f"{patience} evaluations"
             )
             return True
@@ -193,21 +196,33 @@ class Session:
         """Evaluate and record; True when the result is the best so far."""
         trainer = self.trainer
         state = trainer.state
-        loss = trainer.evaluate()
-        if loss is None:
+        figures = trainer.evaluate()
+        if not figures:
             return False
-        self._eval_loss = state.last_eval_loss = loss
+        self._eval_loss = state.last_eval_loss = figures["eval_loss"]
         state.last_eval_step = state.step
-        run.log_metrics({"eval_loss": loss}, step=state.step)
-        improved = loss < state.best_eval_loss - self.config.train.early_stopping_min_delta
+        run.log_metrics(figures, step=state.step)
+        improved = self._is_better(figures)
         if improved:
-            state.best_eval_loss, state.best_step = loss, state.step
+            state.best_metric, state.best_step = figures[self.config.checkpoint.best_metric], state.step
             state.evaluations_without_improvement = 0
         else:
             state.evaluations_without_improvement += 1
         for callback in trainer.callbacks:
-            callback.on_evaluate(trainer, state.step, loss)
+            callback.on_evaluate(trainer, state.step, figures)
         return improved
+
+    def _is_better(self, figures: Mapping[str, float]) -> bool:
+        checkpoint, best = self.config.checkpoint, self.trainer.state.best_metric
+        if checkpoint.best_metric not in figures:
+            raise ConfigError(
+                f"checkpoint.best_metric {checkpoint.best_metric!r} is not measured",
+                fix=f"use one of {', '.join(sorted(figures))}",
+            )
+        value, margin = figures[checkpoint.best_metric], self.config.train.early_stopping_min_delta
+        if best is None:
+            return math.isfinite(value)
+        return value < best - margin if checkpoint.best_mode == "min" else value > best + margin
 
     def _evaluate_at_end(self, run: Run) -> None:
         state = self.trainer.state
@@ -250,7 +265,7 @@ class Session:
             "epochs": state.step * self.config.train.batch_size / len(trainer.rows),
             "loss": state.last_loss,
             "eval_loss": state.last_eval_loss,
-            "best_eval_loss": state.best_eval_loss if math.isfinite(state.best_eval_loss) else None,
+            f"best_{self.config.checkpoint.best_metric}": state.best_metric,
             "best_step": state.best_step or None,
             "tokens_per_second": rate,
             "mfu": None if rate is None else rate * self._flops / self._peak,

@@ -12,8 +12,8 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,14 +23,14 @@ from hearth.config.recipe import Recipe
 from hearth.errors import ConfigError, DataError, TrainingError
 from hearth.models import flops_per_token, num_parameters, peak_flops
 from hearth.training import rng
-from hearth.training.batches import Batch, as_rows, collate, fingerprint_of, row_at, step_rows
+from hearth.training.batches import Batch, fingerprint_of, row_at, step_rows
 from hearth.training.callbacks import Callback
 from hearth.training.checkpoint import Checkpoint
 from hearth.training.identity import Identity, identity_of
 from hearth.training.loss import split_head
 from hearth.training.nonfinite import non_finite_error
-from hearth.training.objectives import make_objective
-from hearth.training.optimizer import (
+from hearth.training.objectives import Losses, make_objective
+from hearth.training.optimizers import (
     build_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -40,6 +40,7 @@ from hearth.training.plan import TrainingPlan, estimate_memory, resolve_steps
 from hearth.training.precision import autocast, choose_device, choose_precision
 from hearth.training.progress import TrainingProgress
 from hearth.training.schedule import learning_rate_at
+from hearth.training.totals import LossTotals, add_up, as_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +54,7 @@ class TrainingState:
 
     step: int = 0  # optimizer steps done
     num_tokens: int = 0  # tokens of those steps, without padding
-    best_eval_loss: float = math.inf
+    best_metric: float | None = None  # the best value yet of checkpoint.best_metric
     best_step: int = 0
     evaluations_without_improvement: int = 0
     last_eval_loss: float | None = None
@@ -70,6 +71,7 @@ class StepResult:
     lr: float
     num_tokens: int
     seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what the objective measured
 
 
 class Trainer:
@@ -102,23 +104,17 @@ class Trainer:
         self.callbacks = tuple(callbacks)
         self.base_reference = base_reference
         self.device = choose_device(device)
-        section, data = self.config.train, self.config.data
+        section = self.config.train
         self.precision = choose_precision(section.precision, self.device)
-        self.objective = make_objective(section.objective)
+        self.objective = make_objective(self.config)
         self.objective.check(train_dataset)
-        options: dict[str, Any] = {
-            "sequence_length": data.sequence_length,
-            "packing": data.packing,
-            "seed": data.seed,
-            "truncate": data.truncate,
-        }
-        rows = as_rows(train_dataset, split="train", **options)
+        rows = self.objective.rows(train_dataset, "train")
         if rows is None or len(rows) == 0:
             raise DataError(
                 "the training split has no rows", fix="add documents, or lower data.sequence_length"
             )
         self.rows = rows
-        self.eval_rows = as_rows(eval_dataset, split="validation", **options)
+        self.eval_rows = self.objective.rows(eval_dataset, "validation")
         self.dataset_fingerprint = fingerprint_of(train_dataset, rows)
         directory = getattr(train_dataset, "path", None)
         self.dataset_dir = None if directory is None else str(directory)
@@ -135,6 +131,7 @@ class Trainer:
         if not trainable_parameters(self.model):
             raise ConfigError("no weight of the model trains", fix="unfreeze some, or add model.adapter")
         self.optimizer = build_optimizer(self.model, section)
+        self.micro_batch_size = self._choose_micro_batch_size()
         if section.compile:
             # Probe the head first: it runs the model. What the loss calls is then the compiled part.
             split = split_head(self.model)
@@ -175,10 +172,11 @@ class Trainer:
 
     # ── what a user may override or call ─────────────────────────────────────────────────────────────────
 
-    def compute_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        """Sum of the token losses of a micro-batch, and the number of tokens it sums over.
+    def compute_loss(self, model: nn.Module, batch: Batch) -> Losses | tuple[Tensor, int]:
+        """The loss of a micro-batch: the sum of its token losses and the number of tokens it sums over.
 
-        The loop divides by the number of tokens of the whole step, so do not average here.
+        The loop divides by the number of tokens of the whole step, so do not average here. An objective with
+        several sums gives a `Losses`.
         """
         return self.objective.loss(model, batch)
 
@@ -201,7 +199,7 @@ class Trainer:
             sequence_length=length,
             steps=self.total_steps,
             batch_size=section.batch_size,
-            micro_batch_size=section.micro_batch_size,
+            micro_batch_size=self.micro_batch_size,
             tokens_per_step=section.batch_size * length,
             total_tokens=self.total_steps * section.batch_size * length,
             epochs=self.total_steps * section.batch_size / len(self.rows),
@@ -210,7 +208,7 @@ class Trainer:
             flops_per_token=flops_per_token(model, length),
             memory_bytes=estimate_memory(
                 self.model,
-                micro_batch_size=section.micro_batch_size,
+                micro_batch_size=self.micro_batch_size,
                 sequence_length=length,
                 precision=self.precision,
                 trainable=trainable,
@@ -240,26 +238,22 @@ class Trainer:
         """Optimizer step ``step``, counted from 0. Raises NonFiniteError before any weight changes."""
         started = time.perf_counter()
         section = self.config.train
-        batches = [collate(self.rows, rows) for rows in self._micro_batches(step)]
-        batches = [self.objective.prepare(batch) for batch in batches]
-        expected = sum(batch.num_valid for batch in batches)
-        if expected == 0:
+        batches = self.objective.batches(self, step, self.step_rows(step))
+        expected = add_up(self.objective.counts(batch) for batch in batches)
+        if not any(expected.values()):
             raise TrainingError(
                 f"no token counts in step {step + 1}: every label of its rows is masked",
-                fix="look at the masks with `hearth data inspect`, or raise train.batch_size",
+                fix="look at the masks with `hearth data inspect --masks`, or raise train.batch_size",
             )
         lr = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
-        total, counted = self._accumulate(batches, expected)
+        total, metrics = self._accumulate(batches, expected)
         weights = list(trainable_parameters(self.model).values())
         gradients = [weight.grad for weight in weights if weight.grad is not None]
-        if counted != expected:
-            # A loss of the user's own counts tokens differently: correct what was divided too early.
-            torch._foreach_mul_(gradients, expected / max(1, counted))
         norm = torch.nn.utils.get_total_norm(gradients)
-        loss, grad_norm = torch.stack([total.double() / max(1, counted), norm.double()]).tolist()
+        loss, grad_norm = torch.stack([total, norm.double()]).tolist()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise non_finite_error(self, step, loss, grad_norm)
         if section.grad_clip:
@@ -267,21 +261,24 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         num_tokens = sum(batch.num_tokens for batch in batches)
-        return StepResult(loss, grad_norm, lr, num_tokens, time.perf_counter() - started)
+        return StepResult(loss, grad_norm, lr, num_tokens, time.perf_counter() - started, metrics)
 
-    def _accumulate(self, batches: Sequence[Batch], expected: int) -> tuple[Tensor, int]:
-        """Add up gradients of (sum of losses / expected); the sum itself and the number of its tokens."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        counted = 0
+    def _accumulate(
+        self, batches: Sequence[Batch], expected: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Add up the gradients of the loss of the step; the loss itself, and the means of its metrics."""
+        found = LossTotals(self.device)
         for batch in batches:
-            moved = batch.to(self.device)
             with autocast(self.precision, self.device):
-                loss_sum, num_tokens = self.compute_loss(self.model, moved)
-            if loss_sum.requires_grad:
-                (loss_sum / expected).backward()  # type: ignore[no-untyped-call]
-            total += loss_sum.detach().double()
-            counted += int(num_tokens)
-        return total, counted
+                losses = as_losses(self.compute_loss(self.model, batch.to(self.device)))
+            part = found.add(losses, expected)
+            if part.requires_grad:
+                part.backward()  # type: ignore[no-untyped-call]
+        factor = found.correction(expected)
+        if factor != 1.0:
+            weights = trainable_parameters(self.model).values()
+            torch._foreach_mul_([weight.grad for weight in weights if weight.grad is not None], factor)
+        return found.mean(), found.metric_means()
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0."""
@@ -296,11 +293,16 @@ class Trainer:
             decay_fraction=section.decay_fraction,
         )
 
-    def _micro_batches(self, step: int) -> list[list[int]]:
+    def step_rows(self, step: int) -> list[int]:
+        """The rows of optimizer step ``step``, counted from 0, in order."""
         section = self.config.train
-        rows = step_rows(step, batch_size=section.batch_size, seed=section.seed, num_rows=len(self.rows))
-        size = section.micro_batch_size
-        return [rows[first : first + size] for first in range(0, len(rows), size)]
+        return step_rows(step, batch_size=section.batch_size, seed=section.seed, num_rows=len(self.rows))
+
+    def _choose_micro_batch_size(self) -> int:
+        size = self.config.train.micro_batch_size
+        if size == "auto":
+            raise ConfigError("train.micro_batch_size: auto is not there yet", fix="give a number")
+        return size
 
     # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -309,24 +311,28 @@ class Trainer:
         wanted = self.config.train.evaluate_rows
         return min(available, wanted) if wanted else available
 
-    def evaluate(self) -> float | None:
-        """Mean loss of a token on the held-out rows, in nats; None without any. The random state stays."""
+    def evaluate(self) -> dict[str, float]:
+        """``eval_loss``, in nats, and what else the objective measures on the held-out rows; {} without any.
+
+        The random state stays as it was.
+        """
         if self.eval_rows is None or self._num_eval_rows() == 0:
-            return None
-        size, num_rows = self.config.train.micro_batch_size, self._num_eval_rows()
+            return {}
+        size, num_rows = self.micro_batch_size, self._num_eval_rows()
         # A limited evaluation takes rows from all over the split, always the same ones.
         rows = [row_at(index, seed=0, num_rows=len(self.eval_rows)) for index in range(num_rows)]
-        total, counted = 0.0, 0
+        found = LossTotals(self.device)
         self.model.eval()
         with torch.no_grad():
             for first in range(0, num_rows, size):
-                batch = self.objective.prepare(collate(self.eval_rows, rows[first : first + size]))
+                batch = self.objective.collate(self.eval_rows, rows[first : first + size])
                 with autocast(self.precision, self.device):
-                    loss_sum, num_tokens = self.compute_loss(self.model, batch.to(self.device))
-                total += float(loss_sum)
-                counted += int(num_tokens)
+                    found.add(as_losses(self.compute_loss(self.model, batch.to(self.device))))
         self.model.train()
-        return total / counted if counted else None
+        if not found.any:
+            return {}
+        figures = {"eval_loss": float(found.mean())}
+        return figures | {f"eval_{name}": value for name, value in found.metric_means().items()}
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -344,7 +350,7 @@ class Trainer:
         }
         consumed = self.state.step * self.config.train.batch_size
         state = {
-            "training": {**vars(self.state), "best_eval_loss": _finite(self.state.best_eval_loss)},
+            "training": dict(vars(self.state)),
             "data": {
                 "fingerprint": self.dataset_fingerprint,
                 "seed": self.config.train.seed,
@@ -370,10 +376,7 @@ class Trainer:
         self.identity().require_match(checkpoint)
         self.load_weights(checkpoint)
         load_optimizer_tensors(self.optimizer, self.model, checkpoint.tensors["optimizer"])
-        values = dict(checkpoint.state["training"])
-        if values["best_eval_loss"] is None:
-            values["best_eval_loss"] = math.inf
-        self.state = TrainingState(**values)
+        self.state = TrainingState(**checkpoint.state["training"])
         rng.restore(checkpoint.state["rng"], checkpoint.tensors["rng"])
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
@@ -403,10 +406,6 @@ class Trainer:
         finally:
             rng.restore(*before)
         return statistics.median(seconds[1:])
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def measure_step_seconds(

@@ -1,20 +1,60 @@
-"""What a model learns from a batch: one file each over one shared core (``hearth.training.loss``)."""
+"""What a model learns from a batch: one file each over one shared core."""
 
 from __future__ import annotations
 
+import difflib
+import importlib
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
 from hearth.errors import ConfigError
-from hearth.training.objectives.base import Objective
-from hearth.training.objectives.pretrain import Pretrain
-from hearth.training.objectives.sft import SupervisedFineTuning
+from hearth.training.objectives.base import Losses, Objective
 
-OBJECTIVES: dict[str, type[Objective]] = {"pretrain": Pretrain, "sft": SupervisedFineTuning}
+if TYPE_CHECKING:
+    from hearth.config.recipe import Recipe
+
+ENTRY_POINTS = "hearth.objectives"
+# Imported when they are asked for: some need much that the others do not.
+OBJECTIVES = {
+    "pretrain": "hearth.training.objectives.pretrain:Pretrain",
+    "sft": "hearth.training.objectives.sft:SupervisedFineTuning",
+}
 
 
-def make_objective(name: str) -> Objective:
-    """The objective that ``train.objective`` names."""
-    if name not in OBJECTIVES:
-        raise ConfigError(f"train.objective {name!r} is unknown", fix=f"use one of {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name]()
+def objective_names() -> list[str]:
+    """Every objective that is installed, ours first."""
+    return list(dict.fromkeys([*OBJECTIVES, *(point.name for point in entry_points(group=ENTRY_POINTS))]))
 
 
-__all__ = ["OBJECTIVES", "Objective", "Pretrain", "SupervisedFineTuning", "make_objective"]
+def objective_class(name: str) -> type[Objective]:
+    """The class that ``train.objective`` names: one of ours, or an entry point of ``hearth.objectives``.
+
+    Raises ConfigError for an unknown name, or for an entry point that is no Objective.
+    """
+    if name in OBJECTIVES:
+        module, _, attribute = OBJECTIVES[name].partition(":")
+        found: type[Objective] = getattr(importlib.import_module(module), attribute)
+        return found
+    points = entry_points(group=ENTRY_POINTS, name=name)
+    if not points:
+        names = objective_names()
+        near = difflib.get_close_matches(name, names, n=1)
+        raise ConfigError(
+            f"train.objective {name!r} is unknown",
+            fix=f"did you mean {near[0]}?" if near else f"use one of {', '.join(names)}",
+        )
+    loaded = next(iter(points)).load()
+    if not (isinstance(loaded, type) and issubclass(loaded, Objective)):
+        raise ConfigError(
+            f"train.objective {name!r}: {loaded!r} is no subclass of hearth.training.Objective",
+            fix="let the entry point name a class",
+        )
+    return loaded
+
+
+def make_objective(config: Recipe) -> Objective:
+    """The objective of a recipe, with its settings."""
+    return objective_class(config.train.objective)(config)
+
+
+__all__ = ["OBJECTIVES", "Losses", "Objective", "make_objective", "objective_class", "objective_names"]

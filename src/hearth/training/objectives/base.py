@@ -1,26 +1,107 @@
-"""What every objective is."""
+"""What every objective is: a pure loss over one shared normalisation core.
+
+An objective gives *sums*, each under the name of what is counted ("tokens", "pairs", …). The loop divides
+every sum by the count of the whole optimizer step and adds the quotients up, so that the result does not
+depend on how a step is cut into micro-batches, how sequences are packed into rows, or over how many processes
+it is spread.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hearth.training.batches import Batch
+from hearth.training.batches import Batch, Rows, as_rows, collate
+
+if TYPE_CHECKING:
+    from hearth.config.recipe import Recipe
+    from hearth.training.trainer import Trainer
+
+TOKENS = "tokens"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss of one micro-batch.
+
+    ``sums``: differentiable scalars by unit. ``counts``: how many of each unit were summed. ``metrics``: by
+    name, a sum and how many it is of; the mean over the step is recorded.
+    """
+
+    sums: Mapping[str, Tensor]
+    counts: Mapping[str, float]
+    metrics: Mapping[str, tuple[Tensor | float, float]] = field(default_factory=dict)
+
+    @classmethod
+    def of_tokens(cls, loss: Tensor, num_tokens: int) -> Losses:
+        """The loss of an objective that only counts tokens."""
+        return cls({TOKENS: loss}, {TOKENS: num_tokens})
+
+    def __iter__(self) -> Iterator[Any]:
+        """``loss, num_tokens = losses`` where there is one sum alone."""
+        if len(self.sums) != 1:
+            raise TypeError(f"this loss has several sums: {', '.join(self.sums)}; read .sums and .counts")
+        (unit,) = self.sums
+        return iter((self.sums[unit], self.counts[unit]))
 
 
 class Objective:
-    """A pure loss. Its sum is divided by the number of tokens of the whole optimizer step, by the loop."""
+    """Reads its settings from the recipe; `loss` is all that a subclass must have."""
 
     name = ""
+    kind = "text"  # the rows it trains on: text (packed rows), preference, feedback or prompts
+
+    def __init__(self, config: Recipe) -> None:
+        self.config = config
 
     def check(self, dataset: Any) -> None:
         """Raise ConfigError when the data cannot serve the objective; called before anything is built."""
+
+    def rows(self, dataset: Any, split: str) -> Rows | None:
+        """The rows of a split that `batch_size` counts; None for None. Default: packed rows of tokens."""
+        data = self.config.data
+        return as_rows(
+            dataset,
+            split=split,
+            sequence_length=data.sequence_length,
+            packing=data.packing,
+            seed=data.seed,
+            truncate=data.truncate,
+        )
+
+    def start(self, trainer: Trainer, run_dir: Path | None) -> None:
+        """Called once, with the weights that training starts from and before a checkpoint is loaded.
+
+        ``run_dir`` is where what was computed may be kept; None where there is no run.
+        """
+
+    def batches(self, trainer: Trainer, step: int, indices: Sequence[int]) -> list[Batch]:  # noqa: ARG002
+        """The micro-batches of an optimizer step over these rows, on the CPU.
+
+        Overridden where something must be known of the whole step first, such as rollouts.
+        """
+        size = trainer.micro_batch_size
+        return [
+            self.collate(trainer.rows, indices[first : first + size])
+            for first in range(0, len(indices), size)
+        ]
+
+    def collate(self, rows: Rows, indices: Sequence[int]) -> Batch:
+        """A micro-batch of these rows."""
+        return self.prepare(collate(rows, indices))
 
     def prepare(self, batch: Batch) -> Batch:
         """Choose the labels of a batch. Default: as the data has them."""
         return batch
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        """Sum of the token losses, and how many tokens it sums over."""
+    def counts(self, batch: Batch) -> Mapping[str, float]:
+        """What a micro-batch adds to the counts of its step; known without running the model."""
+        return {TOKENS: batch.num_valid}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Losses:
+        """The sums of a micro-batch."""
         raise NotImplementedError

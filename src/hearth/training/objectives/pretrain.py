@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hearth.training.batches import IGNORE, Batch
 from hearth.training.loss import token_loss_sum
-from hearth.training.objectives.base import Objective
+from hearth.training.objectives.base import Losses, Objective
 
 
 class Pretrain(Objective):
@@ -28,6 +28,6 @@ class Pretrain(Objective):
         labels = torch.where(labels == IGNORE, following, labels)
         return dataclasses.replace(batch, labels_BT=labels, num_valid=int((labels != IGNORE).sum()))
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    def loss(self, model: nn.Module, batch: Batch) -> Losses:
         """Sum of the next-token losses."""
-        return token_loss_sum(model, batch)
+        return Losses.of_tokens(*token_loss_sum(model, batch))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hearth.errors import ConfigError
 from hearth.training.batches import Batch
 from hearth.training.loss import token_loss_sum
-from hearth.training.objectives.base import Objective
+from hearth.training.objectives.base import Losses, Objective
 
 
 class SupervisedFineTuning(Objective):
@@ -28,6 +28,6 @@ class SupervisedFineTuning(Objective):
                 fix="give chat data (data.sources[].format: chat), or use objective: pretrain",
             )
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    def loss(self, model: nn.Module, batch: Batch) -> Losses:
         """Sum of the losses of the assistant's tokens."""
-        return token_loss_sum(model, batch)
+        return Losses.of_tokens(*token_loss_sum(model, batch))

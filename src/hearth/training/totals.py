@@ -1,0 +1,79 @@
+"""Adding up the losses of micro-batches: every sum is divided by the count of the whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from hearth.errors import TrainingError
+from hearth.training.objectives import Losses
+
+
+def add_up(counts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sum of counts by unit."""
+    total: dict[str, float] = {}
+    for each in counts:
+        for unit, count in each.items():
+            total[unit] = total.get(unit, 0.0) + count
+    return total
+
+
+def as_losses(found: Losses | tuple[Tensor, float]) -> Losses:
+    """What a ``compute_loss`` returned; a pair is a sum over tokens and their number."""
+    return found if isinstance(found, Losses) else Losses.of_tokens(found[0], int(found[1]))
+
+
+class LossTotals:
+    """The losses of the micro-batches so far."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, float] = {}
+        self._metrics: dict[str, list[Tensor | float]] = {}
+
+    @property
+    def any(self) -> bool:
+        """Whether anything was counted."""
+        return bool(any(self._counts.values()))
+
+    def add(self, losses: Losses, expected: Mapping[str, float] | None = None) -> Tensor:
+        """Count a micro-batch in; its part of the loss of a step whose counts are ``expected``."""
+        part = torch.zeros((), device=self._device)
+        for unit, loss in losses.sums.items():
+            part = part + loss / max(1.0, (expected or {}).get(unit, 1.0))
+            before = self._sums.get(unit, torch.zeros((), dtype=torch.float64, device=self._device))
+            self._sums[unit] = before + loss.detach().double()
+            self._counts[unit] = self._counts.get(unit, 0.0) + float(losses.counts[unit])
+        for name, (value, count) in losses.metrics.items():
+            total = self._metrics.setdefault(name, [0.0, 0.0])
+            total[0] = total[0] + (value.detach().double() if isinstance(value, Tensor) else value)
+            total[1] = total[1] + count
+        return part
+
+    def correction(self, expected: Mapping[str, float]) -> float:
+        """Factor for gradients that were divided too early: a loss of the user's own may count differently.
+
+        Raises TrainingError where several sums are counted differently, which no one factor corrects.
+        """
+        wrong = {u: n for u, n in self._counts.items() if n != expected.get(u, 0.0)}
+        if not wrong:
+            return 1.0
+        (unit, *others) = self._sums
+        if others or unit not in expected:
+            raise TrainingError(
+                f"the loss counts {wrong}, its batches {dict(expected)}",
+                fix="let the objective's `counts` and the counts of its `loss` agree",
+            )
+        return max(1.0, expected[unit]) / max(1.0, self._counts[unit])
+
+    def mean(self) -> Tensor:
+        """The loss: every sum over its own count, added up."""
+        parts = [loss / max(1.0, self._counts[unit]) for unit, loss in self._sums.items()]
+        return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
+
+    def metric_means(self) -> dict[str, float]:
+        """Every metric over what it was summed over; what counted nothing is left out."""
+        return {name: float(total / count) for name, (total, count) in self._metrics.items() if count}
