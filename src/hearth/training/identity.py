@@ -6,12 +6,14 @@ import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
 from hearth.errors import ConfigError
+from hearth.models import resolve_reference
 from hearth.version import __version__
 
 if TYPE_CHECKING:
@@ -26,8 +28,16 @@ _MEANINGS = {
     "model": ("the shape of the model", "keep the model section of the recipe"),
     "objective": ("train.objective", "keep the objective, or start a new run from the model"),
     "batch_size": ("train.batch_size", "keep it: the position in the data counts in steps of that many rows"),
+    "packing": ("how rows are made", "keep data.sequence_length, data.packing, data.truncate and data.seed"),
+    "optimizer": ("train.optimizer", "keep the optimizer, or start a new run from the model"),
+    "base": ("model.base", "resume with the base of the run: the checkpoint holds the adapter alone"),
+    "adapter": ("model.adapter", "keep the adapter section of the recipe"),
     "seed": ("train.seed", "keep it: the order of the data follows from it"),
 }
+
+_INEXACT = ("precision", "micro_batch_size", "device", "torch", "transformers")
+# A base is recognised by this many bytes at this many places of each of its files.
+_SAMPLE_BYTES, _NUM_SAMPLES = 4096, 256
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,15 @@ class Identity:
     objective: str
     batch_size: int
     seed: int
+    packing: str
+    optimizer: str
+    base: str  # what an adapter was put on; "none" where the checkpoint holds all weights
+    adapter: str
     recipe_hash: str
+    # These may differ: the run goes on correctly, but not bit for bit as it would have.
+    precision: str
+    micro_batch_size: int
+    device: str
 
     def as_dict(self) -> dict[str, Any]:
         """For the checkpoint, with the versions of the libraries."""
@@ -52,6 +70,16 @@ class Identity:
             "python": platform.python_version(),
         }
         return {"identity": asdict(self), "versions": versions}
+
+    def inexact(self, checkpoint: Checkpoint) -> list[str]:
+        """What differs that is allowed, but after which a run does not go on bit for bit as it would have."""
+        saved = {**checkpoint.state["identity"], **checkpoint.state["versions"]}
+        now = {**asdict(self), **self.as_dict()["versions"]}
+        return [
+            f"{name} ({saved.get(name)} then, {now[name]} now)"
+            for name in _INEXACT
+            if saved.get(name) != now[name]
+        ]
 
     def require_match(self, checkpoint: Checkpoint) -> None:
         """Raise ConfigError that names what differs. A changed number of steps or rate is allowed."""
@@ -78,17 +106,50 @@ def identity_of(trainer: Trainer) -> Identity:
     """The identity of what a trainer is about to do."""
     from hearth.config import recipe_hash
 
-    shapes = {name: list(weight.shape) for name, weight in trainer.model.named_parameters()}
+    config = trainer.config
+    data, train, adapter = config.data, config.train, config.model.adapter
+    base = "none"
+    if adapter is not None:
+        base = base_hash(resolve_reference(str(config.model.base), trainer.workspace))
     return Identity(
         dataset=trainer.dataset_fingerprint,
         rows=len(trainer.rows),
         tokenizer=tokenizer_hash(trainer.tokenizer),
-        model=hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest(),
-        objective=trainer.config.train.objective,
-        batch_size=trainer.config.train.batch_size,
-        seed=trainer.config.train.seed,
-        recipe_hash=recipe_hash(trainer.config),
+        model=shapes_hash(trainer.model),
+        objective=train.objective,
+        batch_size=train.batch_size,
+        seed=train.seed,
+        packing=f"{data.sequence_length}/{data.packing}/{data.truncate}/{data.seed}",
+        optimizer=train.optimizer,
+        base=base,
+        adapter="none" if adapter is None else adapter.model_dump_json(),
+        recipe_hash=recipe_hash(config),
+        precision=trainer.precision,
+        micro_batch_size=trainer.micro_batch_size,
+        device=trainer.device.type,
     )
+
+
+def shapes_hash(model: Any) -> str:
+    """SHA-256 of the names and shapes of all weights."""
+    shapes = {name: list(weight.shape) for name, weight in model.named_parameters()}
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+
+
+def base_hash(directory: Path) -> str:
+    """SHA-256 of the weight files of a model directory, by their sizes and evenly spaced samples of them.
+
+    A base of many gigabytes is recognised in an instant; a fine-tuned version of it differs in every sample.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(p for pattern in ("*.safetensors", "*.bin") for p in directory.glob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(_SAMPLE_BYTES, size // _NUM_SAMPLES)):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -1,14 +1,17 @@
-"""Which documents broke a step."""
+"""A step whose loss or gradient is not finite: which samples broke it, and whether training goes on."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from hearth.errors import NonFiniteError
-from hearth.training.batches import describe_row
+from hearth.training import rng
+from hearth.training.batches import Batch, describe_row
+from hearth.training.objectives import Objective
 from hearth.training.optimizers import trainable_parameters
 from hearth.training.precision import autocast
 from hearth.training.totals import LossTotals, as_losses
@@ -16,16 +19,75 @@ from hearth.training.totals import LossTotals, as_losses
 if TYPE_CHECKING:
     from hearth.training.trainer import Trainer
 
+_MOST_NAMED = 3
 
-def _row_breaks(trainer: Trainer, row: int) -> bool:
-    """Whether one row alone gives a loss or a gradient that is not finite."""
+
+def skip_or_raise(
+    trainer: Trainer, step: int, batches: Sequence[Batch], loss: float, grad_norm: float
+) -> str:
+    """What to say of a step whose update is skipped, where ``train.on_non_finite`` allows it.
+
+    Raises NonFiniteError otherwise, and when ``train.max_skipped_steps`` have been skipped in a row. Weights,
+    optimizer and random state stay as they are; the gradients are gone.
+    """
+    section = trainer.config.train
+    before = rng.capture()
+    error = non_finite_error(trainer, step, batches, loss, grad_norm)
+    rng.restore(*before)
+    if section.on_non_finite == "stop":
+        raise error
+    in_a_row = trainer.state.skipped_in_a_row
+    if in_a_row >= section.max_skipped_steps:
+        raise NonFiniteError(
+            f"train.max_skipped_steps: {in_a_row} steps in a row were skipped, and the next one breaks too: "
+            f"{error.message}",
+            fix=error.fix,
+        )
+    return error.message
+
+
+def non_finite_error(
+    trainer: Trainer, step: int, batches: Sequence[Batch], loss: float, grad_norm: float
+) -> NonFiniteError:
+    """The error for a step that must not be taken, with the rows and documents that cause it."""
+    units = _units(trainer, batches)
+    broken = [unit.rows for unit in units if _breaks(trainer, unit)]
     trainer.optimizer.zero_grad(set_to_none=True)
-    batch = trainer.objective.collate(trainer.rows, [row]).to(trainer.device)
+    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
+    if broken and len(broken) == len(units):
+        where = "every row of the step does so, which points at the weights rather than at the data"
+        fix = (
+            "lower train.learning_rate, add train.warmup_steps, or resume from the last checkpoint with them"
+        )
+    elif broken:
+        where = _described(trainer, broken, "; ")
+        fix = "look at these documents with `hearth data inspect`, or lower train.learning_rate"
+    else:
+        where = "no single row does so; the step had " + _described(trainer, [u.rows for u in units], ", ")
+        fix = "lower train.learning_rate"
+    return NonFiniteError(
+        f"{what} in step {step + 1}; the optimizer step was not taken, the weights are unchanged. {where}",
+        fix=fix,
+    )
+
+
+def _units(trainer: Trainer, batches: Sequence[Batch]) -> list[Batch]:
+    """What is tried alone: each row, or each micro-batch where an objective makes them for a whole step."""
+    objective = trainer.objective
+    if type(objective).batches is not Objective.batches:
+        return list(batches)
+    rows = dict.fromkeys(row for batch in batches for row in batch.rows)
+    return [objective.collate(trainer.rows, [row]) for row in rows]
+
+
+def _breaks(trainer: Trainer, batch: Batch) -> bool:
+    """Whether a batch alone gives a loss or a gradient that is not finite."""
+    trainer.optimizer.zero_grad(set_to_none=True)
     counts = trainer.objective.counts(batch)
     if not any(counts.values()):
         return False
     with autocast(trainer.precision, trainer.device):
-        losses = as_losses(trainer.compute_loss(trainer.model, batch))
+        losses = as_losses(trainer.compute_loss(trainer.model, batch.to(trainer.device)))
     loss = LossTotals(trainer.device).add(losses, counts)
     if not math.isfinite(float(loss.detach())):
         return True
@@ -35,26 +97,6 @@ def _row_breaks(trainer: Trainer, row: int) -> bool:
     return not math.isfinite(float(torch.nn.utils.get_total_norm(gradients)))
 
 
-def non_finite_error(trainer: Trainer, step: int, loss: float, grad_norm: float) -> NonFiniteError:
-    """The error for a step that must not be taken, with the rows and documents that cause it."""
-    rows = trainer.step_rows(step)
-    broken = [row for row in dict.fromkeys(rows) if _row_breaks(trainer, row)]
-    trainer.optimizer.zero_grad(set_to_none=True)
-    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
-    if broken and len(broken) == len(set(rows)):
-        where = "every row of the step does so, which points at the weights rather than at the data"
-        fix = (
-            "lower train.learning_rate, add train.warmup_steps, or resume from the last checkpoint with them"
-        )
-    elif broken:
-        where = "; ".join(describe_row(trainer.rows, row) for row in broken[:3])
-        fix = "look at these documents with `hearth data inspect`, or lower train.learning_rate"
-    else:
-        where = "no single row does so; the step had " + ", ".join(
-            describe_row(trainer.rows, row) for row in list(dict.fromkeys(rows))[:3]
-        )
-        fix = "lower train.learning_rate"
-    return NonFiniteError(
-        f"{what} in step {step + 1}; the optimizer step was not taken, the weights are unchanged. {where}",
-        fix=fix,
-    )
+def _described(trainer: Trainer, groups: Sequence[Sequence[int]], separator: str) -> str:
+    rows = list(dict.fromkeys(row for group in groups for row in group))[:_MOST_NAMED]
+    return separator.join(describe_row(trainer.rows, row) for row in rows)

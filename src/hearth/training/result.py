@@ -38,7 +38,7 @@ def leave_result(trainer: Trainer, run: Run, workspace: Workspace, store: Checkp
         facts["adapter_dir"] = str(run.dir / "adapter")
         model = merge_adapter(model)
     with torch.no_grad():
-        save_model(model, trainer.tokenizer, run.dir / "model", _generation_config(trainer, model))
+        save_model(model, trainer.tokenizer, run.dir / "model", generation_config_of(trainer, model))
     if config.register_.name is not None:
         version = workspace.registry.create_version(
             config.register_.name,
@@ -54,7 +54,7 @@ def leave_result(trainer: Trainer, run: Run, workspace: Workspace, store: Checkp
     return facts
 
 
-def _generation_config(trainer: Trainer, model: Any) -> GenerationConfig | None:
+def generation_config_of(trainer: Trainer, model: Any) -> GenerationConfig | None:
     """Generation defaults by the tokenizer; a base adds its own stop tokens and sampling defaults."""
     if trainer.tokenizer is None:
         return None

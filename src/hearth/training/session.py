@@ -6,7 +6,6 @@ import contextlib
 import math
 import resource
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hearth.config import recipe_hash, to_dict, to_yaml
-from hearth.errors import ConfigError, HearthError, Interrupted
+from hearth.errors import ConfigError, HearthError, Interrupted, StorageError
 from hearth.models import flops_per_token, num_parameters
 from hearth.training import rng
-from hearth.training.checkpoint import CheckpointStore
+from hearth.training.checkpoint import CheckpointSaver, CheckpointStore, Saved
+from hearth.training.checkpoint.export import write_skeleton
 from hearth.training.progress import TrainingProgress
-from hearth.training.result import leave_result
+from hearth.training.result import generation_config_of, leave_result
 from hearth.training.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class Session:
         self._window_tokens = 0
         self._eval_loss: float | None = None
         self._last_saved: Path | None = None
+        self._requested_step = -1  # of the newest save, whether it is on the disk yet or not
+        self._figures: Mapping[str, float] = {}
         self._flops = flops_per_token(_config_model(trainer), trainer._sequence_length())
         self._peak = trainer.peak_flops()
 
@@ -66,9 +68,11 @@ class Session:
                 self._execute(run)
                 summary = {**self._summary(run), **leave_result(trainer, run, workspace, self.store)}
             except (Interrupted, KeyboardInterrupt) as error:
+                self._settle(run, error)
                 run.finish("interrupted", summary=self._summary(run), error=str(error) or "interrupted")
                 raise
             except BaseException as error:
+                self._settle(run, error)
                 run.finish("failed", summary=self._summary(run), error=_first_line(error))
                 raise
             run.finish("finished", summary=summary)
@@ -87,8 +91,12 @@ class Session:
                 tags=dict(config.track.tags),
             )
         self.store = CheckpointStore(run.dir, keep=config.checkpoint.keep, warn=self._warn)
+        self.saver = CheckpointSaver(self.store, background=config.checkpoint.async_, say=self._say)
         try:
             trainer.objective.start(trainer, run.dir)
+            if not (run.dir / "skeleton").is_dir():
+                generation = generation_config_of(trainer, trainer.model)
+                write_skeleton(trainer.model, trainer.tokenizer, generation, run.dir / "skeleton")
             if trainer._resume is not None:
                 self._load(run)
             else:
@@ -103,11 +111,17 @@ class Session:
     def _load(self, run: Run) -> None:
         checkpoint = self.store.load_newest()
         self.trainer.load_checkpoint(checkpoint)
+        inexact = self.trainer.identity.inexact(checkpoint)
+        if inexact:
+            self._warn(f"the run does not go on bit for bit as it would have: {', '.join(inexact)}")
         self.store.discard_after(checkpoint.step)
         run.discard_metrics_after(checkpoint.step)
 
     def _warn(self, message: str) -> None:
         TrainingProgress(first_step=0, total_steps=0, enabled=False).warn(message)
+
+    def _say(self, message: str) -> None:
+        self.progress.say(message)
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -130,8 +144,9 @@ class Session:
                 if trainer._stop_reason is not None and trainer.state.step < trainer.total_steps:
                     self._stop(run)
             self._evaluate_at_end(run)
-            if self._last_saved is None or self._saved_step() != trainer.state.step:
+            if self._requested_step != trainer.state.step:
                 self._save(run)
+            self._record_saved(run, self.saver.wait())
 
     def _announce(self, run: Run) -> None:
         plan = self.trainer.plan()
@@ -156,13 +171,22 @@ class Session:
         trainer, section = self.trainer, self.config.train
         state = trainer.state
         state.step += 1
-        state.num_tokens += result.num_tokens
-        state.last_loss = result.loss
+        if result.skipped:
+            state.num_skipped_steps += 1
+            state.skipped_in_a_row += 1
+            run.log_metrics({"skipped_steps": state.num_skipped_steps}, step=state.step)
+            self.progress.warn(f"the update is skipped: {result.skipped}")
+        else:
+            state.num_tokens += result.num_tokens
+            state.last_loss = result.loss
+            state.skipped_in_a_row = 0
+        self._record_saved(run, self.saver.poll())
         self._train_seconds += result.seconds
         self._train_tokens += result.num_tokens
         self._window_seconds += result.seconds
         self._window_tokens += result.num_tokens
-        if state.step % section.log_every == 0 or state.step == trainer.total_steps:
+        due = state.step % section.log_every == 0 or state.step == trainer.total_steps
+        if due and not result.skipped:
             rate = self._window_tokens / self._window_seconds
             figures = {
                 "loss": result.loss,
@@ -202,6 +226,7 @@ class Session:
         self._eval_loss = state.last_eval_loss = figures["eval_loss"]
         state.last_eval_step = state.step
         run.log_metrics(figures, step=state.step)
+        self._figures = figures
         improved = self._is_better(figures)
         if improved:
             state.best_metric, state.best_step = figures[self.config.checkpoint.best_metric], state.step
@@ -231,23 +256,43 @@ class Session:
 
     # ── saving and stopping ──────────────────────────────────────────────────────────────────────────────
 
-    def _saved_step(self) -> int:
-        return int(self._last_saved.name.partition("-")[2]) if self._last_saved is not None else -1
-
     def _save(self, run: Run, *, best: bool = False) -> None:
         trainer = self.trainer
-        started = time.perf_counter()
-        tensors, state = trainer.checkpoint_contents()
-        self._last_saved = self.store.save(trainer.state.step, tensors, state, best=best)
-        run.log_metrics({"checkpoint_seconds": time.perf_counter() - started}, step=trainer.state.step)
-        run.flush()
-        for callback in trainer.callbacks:
-            callback.on_checkpoint(trainer, trainer.state.step, self._last_saved)
+        step = trainer.state.step
+
+        def contents() -> Any:
+            run.flush()  # no checkpoint without the metrics that led to it
+            return trainer.checkpoint_contents()
+
+        evaluated = self._figures if trainer.state.last_eval_step == step else None
+        self.saver.save(step, contents, metrics=evaluated, best=best)
+        self._requested_step = step
+        self._record_saved(run, self.saver.poll())
+
+    def _record_saved(self, run: Run, saved: list[Saved]) -> None:
+        """Tell of checkpoints that are on the disk now."""
+        for each in saved:
+            self._last_saved = each.path
+            run.log_metrics(each.metrics(), step=each.step)
+            for callback in self.trainer.callbacks:
+                callback.on_checkpoint(self.trainer, each.step, each.path)
+
+    def _settle(self, run: Run, error: BaseException) -> None:
+        """End with the save under way: wait for it, except where somebody wants to stop at once."""
+        if isinstance(error, KeyboardInterrupt):
+            self.saver.cancel()
+            return
+        try:
+            self._record_saved(run, self.saver.wait())
+        except StorageError as failed:
+            if failed is not error:
+                self._warn(failed.message)
 
     def _stop(self, run: Run) -> None:
         trainer = self.trainer
-        if self._saved_step() != trainer.state.step:
+        if self._requested_step != trainer.state.step:
             self._save(run)
+        self._record_saved(run, self.saver.wait())
         raise Interrupted(
             f"stopped after step {trainer.state.step} of {trainer.total_steps} ({trainer._stop_reason}); "
             f"checkpoint saved",
@@ -267,6 +312,7 @@ class Session:
             "eval_loss": state.last_eval_loss,
             f"best_{self.config.checkpoint.best_metric}": state.best_metric,
             "best_step": state.best_step or None,
+            "skipped_steps": state.num_skipped_steps,
             "tokens_per_second": rate,
             "mfu": None if rate is None else rate * self._flops / self._peak,
             "flops_per_token": self._flops,

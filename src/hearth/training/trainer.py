@@ -9,6 +9,7 @@ data and the learning rate are functions of the step.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import statistics
 import time
@@ -25,15 +26,22 @@ from hearth.models import flops_per_token, num_parameters, peak_flops
 from hearth.training import rng
 from hearth.training.batches import Batch, fingerprint_of, row_at, step_rows
 from hearth.training.callbacks import Callback
-from hearth.training.checkpoint import Checkpoint
+from hearth.training.checkpoint import (
+    Checkpoint,
+    Contents,
+    Counters,
+    OptimizerState,
+    Stateful,
+    Weights,
+    collect,
+    restore,
+)
 from hearth.training.identity import Identity, identity_of
 from hearth.training.loss import split_head
-from hearth.training.nonfinite import non_finite_error
+from hearth.training.nonfinite import skip_or_raise
 from hearth.training.objectives import Losses, make_objective
 from hearth.training.optimizers import (
     build_optimizer,
-    load_optimizer_tensors,
-    optimizer_tensors,
     trainable_parameters,
 )
 from hearth.training.plan import TrainingPlan, estimate_memory, resolve_steps
@@ -49,7 +57,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class TrainingState:
+class TrainingState(Counters):
     """What a checkpoint must know besides tensors."""
 
     step: int = 0  # optimizer steps done
@@ -60,6 +68,8 @@ class TrainingState:
     last_eval_loss: float | None = None
     last_eval_step: int = -1
     last_loss: float | None = None
+    num_skipped_steps: int = 0  # updates that were not made, as something was not finite
+    skipped_in_a_row: int = 0  # the latest of them
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,7 @@ class StepResult:
     num_tokens: int
     seconds: float
     metrics: Mapping[str, float] = field(default_factory=dict)  # what the objective measured
+    skipped: str = ""  # why the update was not made
 
 
 class Trainer:
@@ -131,6 +142,7 @@ class Trainer:
         if not trainable_parameters(self.model):
             raise ConfigError("no weight of the model trains", fix="unfreeze some, or add model.adapter")
         self.optimizer = build_optimizer(self.model, section)
+        self.stateful: dict[str, Stateful] = self._stateful()
         self.micro_batch_size = self._choose_micro_batch_size()
         if section.compile:
             # Probe the head first: it runs the model. What the loss calls is then the compiled part.
@@ -254,14 +266,17 @@ class Trainer:
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         loss, grad_norm = torch.stack([total, norm.double()]).tolist()
+        skipped = ""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise non_finite_error(self, step, loss, grad_norm)
-        if section.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(weights, section.grad_clip, norm)
-        self.optimizer.step()
+            skipped = skip_or_raise(self, step, batches, loss, grad_norm)
+        else:
+            if section.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(weights, section.grad_clip, norm)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         num_tokens = sum(batch.num_tokens for batch in batches)
-        return StepResult(loss, grad_norm, lr, num_tokens, time.perf_counter() - started, metrics)
+        seconds = time.perf_counter() - started
+        return StepResult(loss, grad_norm, lr, num_tokens, seconds, metrics, skipped)
 
     def _accumulate(
         self, batches: Sequence[Batch], expected: Mapping[str, float]
@@ -336,21 +351,24 @@ class Trainer:
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _stateful(self) -> dict[str, Stateful]:
+        """What a checkpoint holds. Who has more state adds itself; an objective does so in `start`."""
+        return {
+            "model": Weights(self._saved_weights),
+            "optimizer": OptimizerState(self.optimizer, self.model),
+            "training": self.state,
+            "rng": rng.RandomState(),
+        }
+
+    @functools.cached_property
     def identity(self) -> Identity:
         """What a checkpoint must share with this trainer."""
         return identity_of(self)
 
-    def checkpoint_contents(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Tensors and values that continue this run exactly."""
-        rng_values, rng_tensors = rng.capture()
-        tensors = {
-            "model": {name: weight.detach() for name, weight in self._saved_weights().items()},
-            "optimizer": optimizer_tensors(self.optimizer, self.model),
-            "rng": rng_tensors,
-        }
+    def checkpoint_contents(self) -> tuple[Contents, dict[str, Any]]:
+        """The state of all parts, which continues this run exactly, and what it belongs to."""
         consumed = self.state.step * self.config.train.batch_size
-        state = {
-            "training": dict(vars(self.state)),
+        about = {
             "data": {
                 "fingerprint": self.dataset_fingerprint,
                 "seed": self.config.train.seed,
@@ -358,10 +376,9 @@ class Trainer:
                 "rows_consumed": consumed,
             },
             "total_steps": self.total_steps,
-            "rng": rng_values,
-            **self.identity().as_dict(),
+            **self.identity.as_dict(),
         }
-        return tensors, state
+        return collect(self.stateful), about
 
     def _saved_weights(self) -> dict[str, Tensor]:
         """What training changes: with an adapter only the adapter, the base is immutable."""
@@ -373,17 +390,12 @@ class Trainer:
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint. Raises ConfigError when data, tokenizer or model differ."""
-        self.identity().require_match(checkpoint)
-        self.load_weights(checkpoint)
-        load_optimizer_tensors(self.optimizer, self.model, checkpoint.tensors["optimizer"])
-        self.state = TrainingState(**checkpoint.state["training"])
-        rng.restore(checkpoint.state["rng"], checkpoint.tensors["rng"])
+        self.identity.require_match(checkpoint)
+        restore(self.stateful, checkpoint)
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """The weights of a checkpoint, nothing else."""
-        with torch.no_grad():
-            for name, weight in self._saved_weights().items():
-                weight.copy_(checkpoint.tensors["model"][name])
+        self.stateful["model"].load_state_tensors(checkpoint.tensors["model"])
 
     # ── figures ──────────────────────────────────────────────────────────────────────────────────────────
 

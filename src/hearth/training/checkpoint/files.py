@@ -165,7 +165,7 @@ def write_tensors(
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in order:
             host = tensors[name].detach().cpu().contiguous()
-            file.write(memoryview(host.reshape(-1).view(torch.uint8).numpy()))
+            file.write(host.reshape(-1).view(torch.uint8).numpy().data)
         return file.finish()
 
 

@@ -25,10 +25,11 @@ class Weights:
     def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
         """Copy into the weights. Raises IntegrityError for names or shapes of another model."""
         weights = self._weights()
-        differing = sorted(set(weights) ^ set(tensors))
-        differing += [name for name in weights if name in tensors and weights[name].shape != tensors[name].shape]
-        if differing:
-            raise IntegrityError(f"the checkpoint holds the weights of another model: {differing[0]} differs")
+        own = {name: weight.shape for name, weight in weights.items()}
+        saved = {name: tensor.shape for name, tensor in tensors.items()}
+        if own != saved:
+            name = min(name for name, _ in own.items() ^ saved.items())
+            raise IntegrityError(f"the checkpoint holds the weights of another model: {name} differs")
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(tensors[name])
@@ -61,3 +62,22 @@ class OptimizerState:
 
     def load_state_values(self, values: Mapping[str, Any], /) -> None:
         """None."""
+
+
+class Counters:
+    """Base of a dataclass of JSON values that is a part of a checkpoint."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
+        """None."""
+
+    def state_values(self) -> dict[str, Any]:
+        """All fields."""
+        return dict(vars(self))
+
+    def load_state_values(self, values: Mapping[str, Any], /) -> None:
+        """All fields; one that the checkpoint does not know keeps its default."""
+        vars(self).update(values)

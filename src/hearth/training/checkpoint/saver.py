@@ -126,4 +126,3 @@ class CheckpointSaver:
         error, self._error = self._error, None
         if error is not None:
             raise error
-

@@ -20,7 +20,7 @@ class Stager:
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
     def stage(self, groups: Mapping[str, Mapping[str, Tensor]]) -> Groups:
-        """Copies of all tensors; they stay valid until the next call. Returns when the copies are complete."""
+        """Copies of all tensors, complete when this returns; they stay valid until the next call."""
         staged: Groups = {}
         devices: set[torch.device] = set()
         kept: dict[tuple[str, str], Tensor] = {}

@@ -16,6 +16,7 @@ from hearth.errors import ConfigError
 if TYPE_CHECKING:
     from hearth.training.checkpoint.store import Checkpoint
 
+RANDOM = "rng"  # the part that holds the random states
 _GROUP_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -73,6 +74,7 @@ def restore(parts: Mapping[str, Stateful], checkpoint: Checkpoint) -> None:
             f"checkpoint {checkpoint.path} cannot be resumed: it {', '.join(says)}",
             fix="keep the settings of the run, or start a new run from its model",
         )
-    for name, part in parts.items():
+    # Random states last: whatever the others draw while they load must not count.
+    for name, part in sorted(parts.items(), key=lambda item: item[0] == RANDOM):
         part.load_state_values(saved[name])
         part.load_state_tensors(checkpoint.tensors[name])

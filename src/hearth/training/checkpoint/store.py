@@ -52,7 +52,8 @@ class _Groups(Mapping[str, dict[str, Tensor]]):
     def __getitem__(self, name: str) -> dict[str, Tensor]:
         if name not in self._names:
             return {}
-        return load_file(self._directory / f"{name}{TENSORS}")
+        tensors: dict[str, Tensor] = load_file(self._directory / f"{name}{TENSORS}")
+        return tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -303,9 +304,9 @@ class CheckpointStore:
         path = self.best() if which == "best" else self.root / checkpoint_name(int(which))
         if path is None or not path.is_dir():
             steps = ", ".join(str(checkpoint_step(found)) for found in reversed(self.list()))
-            what = "best checkpoint: nothing was evaluated" if which == "best" else f"checkpoint of step {which}"
+            what = "best checkpoint, as nothing was evaluated" if which == "best" else f"step {which}"
             raise NotFoundError(
-                f"{self.run_dir} has no {what}", fix=f"there are checkpoints of step {steps}" if steps else None
+                f"{self.root} has no {what}", fix=f"it has steps {steps}" if steps else "it is empty"
             )
         return self.load(path)
 
