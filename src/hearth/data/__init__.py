@@ -2,6 +2,7 @@
 
 prepare_dataset   a recipe's sources to a dataset directory
 Dataset, TokenSplit a prepared dataset, memory-mapped, with provenance
+SampleRows        comparisons, verdicts and prompts, one by one
 PackPlan, PackedRows, row_index   isolated packing and the order of the rows
 render_chat, audit_chat, DataTokenizer   conversations to ids and loss mask
 """
@@ -15,6 +16,7 @@ from hearth.data.packing import PackPlan
 from hearth.data.prepare import prepare_dataset, prepare_in_folder
 from hearth.data.progress import NullProgress, Progress
 from hearth.data.rows import IGNORE, PackedRow, PackedRows
+from hearth.data.sample_rows import SampleRows
 from hearth.data.template import CHATML_TEMPLATE
 from hearth.data.tokenizer import SPECIAL_TOKENS, DataTokenizer, train_bpe
 
@@ -32,6 +34,7 @@ __all__ = [
     "PackedRow",
     "PackedRows",
     "Progress",
+    "SampleRows",
     "TokenSplit",
     "audit_chat",
     "consumed_row_index",

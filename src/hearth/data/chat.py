@@ -64,6 +64,17 @@ def _mask(offsets: list[tuple[int, int]], spans: Sequence[Span]) -> npt.NDArray[
     return mask
 
 
+def last_turn(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The last run of a mask alone: of a comparison, only the answers that are compared count."""
+    kept = np.zeros_like(mask)
+    counted = np.flatnonzero(mask)
+    if len(counted):
+        skipped = np.flatnonzero(~mask[: counted[-1]])
+        begin = skipped[-1] + 1 if len(skipped) else 0
+        kept[begin : counted[-1] + 1] = True
+    return kept
+
+
 def check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
     """The messages of one row, or DataError naming what is wrong and where."""
     if not isinstance(messages, list) or not messages:

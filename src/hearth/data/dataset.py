@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hearth.data.files import sha256_file
-from hearth.data.manifest import Manifest, Shard, SplitRecord
+from hearth.data.manifest import Kind, Manifest, Shard, SplitRecord
 from hearth.data.shards import id_hash
 from hearth.data.tokenizer import DataTokenizer
 from hearth.errors import DataError, IntegrityError, NotFoundError
@@ -42,8 +42,32 @@ class TokenSplit:
 
     @property
     def is_chat(self) -> bool:
-        """Whether the dataset holds conversations, so that documents have loss masks."""
-        return self.dataset.manifest.kind == "chat"
+        """Whether documents are conversations or samples made of them, so that they have loss masks."""
+        return self.kind != "text"
+
+    @property
+    def kind(self) -> Kind:
+        """What a document is: a text, a conversation, or a sample (preference, feedback, prompts)."""
+        return self.dataset.manifest.kind
+
+    @property
+    def num_parts(self) -> int:
+        """Sequences that a document holds: 2 for a comparison (chosen, rejected), else 1."""
+        return self.record.parts
+
+    @property
+    def part_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each part of each document; [D, num_parts]."""
+        if self.num_parts == 1:
+            return self.lengths[:, None]
+        return self._map("parts.bin", "int64").reshape(-1, self.num_parts)
+
+    def parts(self, index: int) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
+        """Token ids and loss mask of each part of a document. Where every token counts, so says the mask."""
+        tokens, mask = self.tokens(index), self.loss_mask(index)
+        mask = np.ones(len(tokens), dtype=np.bool_) if mask is None else mask
+        cuts = np.cumsum(self.part_lengths[index])[:-1]
+        return list(zip(np.split(tokens, cuts), np.split(mask, cuts), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would be pickled as a copy of the file; the other process maps it again.
@@ -125,7 +149,11 @@ class TokenSplit:
         return self.record.shards[number], int(self.offsets[index] - self._first_tokens[number])
 
     def document_info(self, index: int) -> dict[str, Any]:
-        """Where a document came from: source, id, licence, bytes, its span of tokens, its messages."""
+        """Where a document came from: source, id, licence, bytes, its span of tokens, its messages.
+
+        Of a sample, ``messages`` are the prompt, ``completions`` the answers, and ``fields`` what else is
+        known: the ``label`` of feedback, the other columns of a prompt's row.
+        """
         info = self._info(index)
         source = self.dataset.manifest.sources[info["source"]]
         return {**info, "source": source.path, "license": source.license}
@@ -169,15 +197,17 @@ class TokenSplit:
         return self.dataset.manifest.sources[source].is_chat
 
     def messages(self, index: int) -> list[dict[str, Any]]:
-        """The messages of a conversation. Raises NotFoundError for a plain text."""
+        """The messages of a conversation; of a sample, its prompt and its first answer.
+
+        Raises NotFoundError for a plain text.
+        """
         info = self._info(index)
         if "messages" not in info:
             raise NotFoundError(
                 f"document {index} ({info['id']}) of {self.dataset.path} is a text, not a conversation",
                 fix="read it with text()",
             )
-        messages: list[dict[str, Any]] = info["messages"]
-        return messages
+        return [*info["messages"], *info.get("completions", [])[:1]]
 
     def iter_text(self) -> Iterator[str]:
         """The texts of all documents, in order."""

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hearth.config.recipe import FilterSection
+from hearth.data.samples import Sample
 from hearth.data.template import Message
 
 # Why a document is not in the dataset; the position is the code that the scan records.
@@ -24,6 +25,8 @@ REASONS = (
     "no_answer",  # chat: no assistant's turn, or only empty ones
     "control_tokens",  # chat: the text of a message spells a control token of the template
     "duplicate",
+    "equal_answers",  # preference: chosen and rejected are the same
+    "prompts_differ",  # preference: chosen and rejected answer different conversations
 )
 KEPT = 0
 DUPLICATE = REASONS.index("duplicate")
@@ -61,6 +64,18 @@ def filter_chat(messages: Sequence[Message], control_tokens: Sequence[str]) -> i
     return KEPT
 
 
+def filter_sample(sample: Sample, control_tokens: Sequence[str]) -> int:
+    """Code of the reason to leave a comparison, a verdict or a prompt out, or KEPT."""
+    if not all(message["content"].strip() for message in sample.completions):
+        return REASONS.index("no_answer")
+    if sample.defect:
+        return REASONS.index(sample.defect)
+    turns = [*sample.prompt, *sample.completions]
+    if any(token in message["content"] for message in turns for token in control_tokens):
+        return REASONS.index("control_tokens")
+    return KEPT
+
+
 def normalise(text: str) -> str:
     """What deduplication compares: NFC, without trailing whitespace on lines or blank lines at the ends."""
     if not text.isascii():
@@ -75,9 +90,22 @@ def text_key(text: str) -> bytes:
 
 def chat_key(messages: Sequence[Message]) -> bytes:
     """16 bytes that two conversations share when their roles and normalised contents are equal."""
-    turns = [[message["role"], normalise(message["content"])] for message in messages]
-    data = json.dumps(turns, ensure_ascii=False).encode()
-    return hashlib.blake2b(data, digest_size=16, person=b"hearth.chat").digest()
+    return _key(_turns(messages), b"hearth.chat")
+
+
+def sample_key(sample: Sample) -> bytes:
+    """16 bytes that two samples share when prompt, answers and fields are equal."""
+    parts = [_turns(sample.prompt), _turns(sample.completions), sample.fields]
+    return _key(parts, b"hearth.sample")
+
+
+def _turns(messages: Sequence[Message]) -> list[list[str]]:
+    return [[message["role"], normalise(message["content"])] for message in messages]
+
+
+def _key(value: object, person: bytes) -> bytes:
+    data = json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
+    return hashlib.blake2b(data, digest_size=16, person=person).digest()
 
 
 def split_hash(seed: int, group: str) -> int:

@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hearth.config.recipe import Recipe
-from hearth.data.manifest import FORMAT_VERSION
+from hearth.data.manifest import FORMAT_VERSION, SAMPLE_PARTS, Kind
 from hearth.data.progress import NullProgress, Progress
 from hearth.data.sources import Source, resolve_sources
 from hearth.data.tokenizer import DataTokenizer, tokenizers_version
@@ -31,9 +31,10 @@ class Job:
         return sha256(json.dumps(self.inputs, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
-    def kind(self) -> Literal["text", "chat"]:
-        """chat when any source holds conversations."""
-        return "chat" if any(source.is_chat for source in self.sources) else "text"
+    def kind(self) -> Kind:
+        """Of the samples, when its sources hold samples; chat when any holds conversations."""
+        kinds = {source.kind for source in self.sources}
+        return next(iter(kinds - {"text", "chat"}), "chat" if "chat" in kinds else "text")
 
 
 def plan_job(
@@ -41,6 +42,7 @@ def plan_job(
 ) -> Job:
     """Resolve and hash the inputs of a recipe; reads every source once, writes nothing."""
     sources = tuple(resolve_sources(recipe.data.sources, progress or NullProgress()))
+    _check_kinds(sources)
     tokenizer = _given_tokenizer(recipe, tokenizer_dir)
     data = recipe.data
     if tokenizer is None:
@@ -63,6 +65,18 @@ def plan_job(
         "tokenizer": tokenizer_inputs,
     }
     return Job(recipe, sources, tokenizer, inputs)
+
+
+def _check_kinds(sources: tuple[Source, ...]) -> None:
+    """Samples are counted one by one and texts by the row: they cannot be in one dataset."""
+    for source in sources:
+        other = next((other for other in sources if other.kind != source.kind), None)
+        if source.kind in SAMPLE_PARTS and other is not None:
+            raise DataError(
+                f"data.sources mixes {source.kind} ({source.section.path}) with {other.kind} "
+                f"({other.section.path})",
+                fix="make two recipes: an objective reads samples of one kind",
+            )
 
 
 def _given_tokenizer(recipe: Recipe, tokenizer_dir: Path | str | None) -> DataTokenizer | None:

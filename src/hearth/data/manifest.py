@@ -13,8 +13,29 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hearth.errors import DataError
 
+Kind = Literal["text", "chat", "preference", "feedback", "prompts"]
+
+# A document of these kinds is a sample; each of its parts is a sequence of its own.
+SAMPLE_PARTS: dict[str, tuple[str, ...]] = {
+    "preference": ("chosen", "rejected"),
+    "feedback": ("completion",),
+    "prompts": ("prompt",),
+}
+
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+
+
+def kind_of(source_format: str) -> Kind:
+    """What the documents of a source are."""
+    kinds: dict[str, Kind] = {
+        "chat": "chat",
+        "stdlib-chat": "chat",
+        "preference": "preference",
+        "feedback": "feedback",
+        "prompts": "prompts",
+    }
+    return kinds.get(source_format, "text")
 
 
 class _Record(BaseModel):
@@ -49,8 +70,8 @@ class SourceRecord(_Record):
 
     @property
     def is_chat(self) -> bool:
-        """Whether its documents are conversations."""
-        return self.format in ("chat", "stdlib-chat")
+        """Whether its documents are conversations, or samples made of them."""
+        return kind_of(self.format) != "text"
 
 
 class Shard(_Record):
@@ -69,6 +90,7 @@ class SplitRecord(_Record):
     tokens: int
     bytes: int
     supervised_tokens: int
+    parts: int = Field(default=1, description="Sequences that each document holds one after the other.")
     shards: list[Shard]
 
 
@@ -98,7 +120,7 @@ class Manifest(_Record):
     format: Literal["hearth-dataset"] = "hearth-dataset"
     version: int = FORMAT_VERSION
     fingerprint: str = Field(description="sha256 over `inputs`: the same inputs give the same dataset.")
-    kind: Literal["text", "chat"]
+    kind: Kind
     dtype: Literal["uint16", "uint32"]
     inputs: dict[str, Any]
     versions: dict[str, str]

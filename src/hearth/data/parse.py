@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hearth.config.recipe import SourceSection
 from hearth.data.chat import check_messages
+from hearth.data.samples import (
+    Sample,
+    SampleFields,
+    filled,
+    parse_feedback,
+    parse_preference,
+    parse_prompt,
+    text_field,
+    unify_newlines,
+)
 from hearth.data.sources import RawDocument, stdlib_group
 from hearth.data.stdlib import decode_source, docs_text, parse_module, topics_text
 from hearth.errors import DataError
 
-_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_SAMPLES = {"preference": parse_preference, "feedback": parse_feedback, "prompts": parse_prompt}
 _TOPICS = "pydoc_data.topics"
 
 
@@ -26,17 +37,45 @@ class ParseOptions:
     messages_field: str
     prompt_field: str | None
     response_field: str | None
+    chosen_field: str = "chosen"
+    rejected_field: str = "rejected"
+    label_field: str = "label"
+
+    @classmethod
+    def of(cls, section: SourceSection) -> ParseOptions:
+        """Those of one source of a recipe."""
+        return cls(**{field.name: getattr(section, field.name) for field in dataclasses.fields(cls)})
+
+    @property
+    def sample_fields(self) -> SampleFields:
+        """The keys that matter to comparisons, verdicts and prompts."""
+        return SampleFields(
+            self.messages_field,
+            self.prompt_field,
+            self.response_field,
+            self.chosen_field,
+            self.rejected_field,
+            self.label_field,
+        )
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text or a conversation. ``group`` empty: the split follows the content."""
+    """A text, a conversation, or a sample. ``group`` empty: the split follows the content."""
 
     source: int
     id: str
     group: str
     text: str
     messages: tuple[dict[str, Any], ...] | None = None
+    sample: Sample | None = None
+
+    @property
+    def turns(self) -> Sequence[dict[str, Any]]:
+        """Every message: of the conversation, or of the prompt and all answers."""
+        if self.sample is not None:
+            return [*self.sample.prompt, *self.sample.completions]
+        return self.messages or ()
 
 
 class BadInput(Exception):
@@ -57,9 +96,9 @@ def parse(raw: RawDocument, options: Sequence[ParseOptions]) -> list[Document]:
         case "text":
             return [Document(raw.source, raw.id, raw.group, decode_text(raw))]
         case "json":
-            text = _field(_row(raw), options[raw.source].text_field, raw.where, "text_field")
+            text = text_field(_row(raw), options[raw.source].text_field, raw.where, "text_field")
             _check_unicode(text, raw)
-            return [Document(raw.source, raw.id, raw.group, _unify_newlines(text))]
+            return [Document(raw.source, raw.id, raw.group, unify_newlines(text))]
         case "chat":
             messages = _messages(_row(raw), options[raw.source], raw.where)
             for message in messages:
@@ -67,6 +106,12 @@ def parse(raw: RawDocument, options: Sequence[ParseOptions]) -> list[Document]:
             return [Document(raw.source, raw.id, raw.group, "", tuple(messages))]
         case "stdlib":
             return _stdlib_documents(raw)
+        case "preference" | "feedback" | "prompts":
+            sample = _SAMPLES[raw.kind](_row(raw), options[raw.source].sample_fields, raw.where)
+            document = Document(raw.source, raw.id, raw.group, "", sample=sample)
+            for message in document.turns:
+                _check_unicode(message["content"], raw)
+            return [document]
 
 
 def decode_text(raw: RawDocument) -> str:
@@ -81,16 +126,12 @@ def decode_text(raw: RawDocument) -> str:
         text = raw.data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadInput("invalid_utf8", _utf8_message(raw, error)) from error
-    return _unify_newlines(text.removeprefix("\ufeff") if raw.offset == 0 else text)
+    return unify_newlines(text.removeprefix("\ufeff") if raw.offset == 0 else text)
 
 
 def _utf8_message(raw: RawDocument, error: UnicodeDecodeError) -> str:
     place = f"at offset {raw.offset + error.start}"
     return f"{raw.where} is not valid UTF-8: byte 0x{raw.data[error.start]:02x} {place} ({error.reason})"
-
-
-def _unify_newlines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def _check_unicode(text: str, raw: RawDocument) -> None:
@@ -122,18 +163,6 @@ def _row(raw: RawDocument) -> dict[str, Any]:
     return row
 
 
-def _field(row: dict[str, Any], key: str, where: str, setting: str) -> str:
-    if key not in row:
-        raise DataError(
-            f"{where} has no key {key!r}; its keys are {', '.join(map(repr, row)) or 'none'}",
-            fix=f"set {setting} of the source to the right key",
-        )
-    value = row[key]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} is {type(value).__name__}, not a string")
-    return value
-
-
 def _messages(row: dict[str, Any], options: ParseOptions, where: str) -> list[dict[str, Any]]:
     if options.prompt_field is None and options.response_field is None:
         if options.messages_field not in row:
@@ -149,17 +178,9 @@ def _messages(row: dict[str, Any], options: ParseOptions, where: str) -> list[di
             fix=f"set {missing} as well",
         )
     return [
-        {"role": "user", "content": _filled(row, options.prompt_field, where, "prompt_field")},
-        {"role": "assistant", "content": _filled(row, options.response_field, where, "response_field")},
+        {"role": "user", "content": filled(row, options.prompt_field, where, "prompt_field")},
+        {"role": "assistant", "content": filled(row, options.response_field, where, "response_field")},
     ]
-
-
-def _filled(row: dict[str, Any], pattern: str, where: str, setting: str) -> str:
-    """The value of a key, or of a pattern such as ``"{instruction}\\n\\n{input}"``, trimmed."""
-    if not _PLACEHOLDER.search(pattern):
-        return _unify_newlines(_field(row, pattern, where, setting))
-    filled = _PLACEHOLDER.sub(lambda match: _field(row, match[1], where, setting), pattern)
-    return _unify_newlines(filled).strip()
 
 
 def _stdlib_documents(raw: RawDocument) -> list[Document]:

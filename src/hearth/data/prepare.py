@@ -31,6 +31,7 @@ from hearth.data.files import sha256_file
 from hearth.data.job import Job, plan_job
 from hearth.data.manifest import (
     MANIFEST,
+    SAMPLE_PARTS,
     FileRecord,
     Manifest,
     SplitRecord,
@@ -122,7 +123,7 @@ def _prepare(job: Job, out_dir: Path, clock: _StageClock) -> Dataset:
     existing = _reusable(out_dir, job.fingerprint)
     if existing is not None:
         return existing
-    if job.tokenizer is not None and job.kind == "chat":
+    if job.tokenizer is not None and job.kind not in ("text", "prompts"):
         check_template(job.tokenizer)
     staging = out_dir.parent / f".{out_dir.name}.{os.getpid()}.tmp"
     with storage_errors(out_dir):
@@ -200,16 +201,7 @@ def _move_into_place(staging: Path, out_dir: Path, fingerprint: str) -> None:
 def _build(job: Job, staging: Path, clock: _StageClock) -> None:
     control = SPECIAL_TOKENS if job.tokenizer is None else tuple(sorted(job.tokenizer.special_ids))
     options = ProcessOptions(
-        sources=tuple(
-            ParseOptions(
-                section.path,
-                section.text_field,
-                section.messages_field,
-                section.prompt_field,
-                section.response_field,
-            )
-            for section in job.recipe.data.sources
-        ),
+        sources=tuple(ParseOptions.of(section) for section in job.recipe.data.sources),
         filters=job.recipe.data.filters,
         fail_on_bad_file=job.recipe.data.on_bad_file == "fail",
         seed=job.recipe.data.seed,
@@ -296,7 +288,14 @@ def _tokenize(
     dtype = _dtype(tokenizer)
     files: dict[str, FileRecord] = {}
     writers = [
-        SplitWriter(staging / name, dtype=dtype, with_mask=job.kind == "chat", files=files) for name in SPLITS
+        SplitWriter(
+            staging / name,
+            dtype=dtype,
+            with_mask=job.kind != "text",
+            num_parts=len(SAMPLE_PARTS.get(job.kind, ("document",))),
+            files=files,
+        )
+        for name in SPLITS
     ]
     seen = TokenResult()
     num_turns = 0
@@ -316,7 +315,7 @@ def _tokenize(
         clock.advance(done)
     splits = dict(zip(SPLITS, (writer.close() for writer in writers), strict=True))
     clock.finish()
-    audit = _audit(splits, num_turns, seen.num_prefix_mismatches) if job.kind == "chat" else None
+    audit = _audit(splits, num_turns, seen.num_prefix_mismatches) if job.kind != "text" else None
     _write_manifest(job, corpus, tokenizer, trained_on, staging, files, splits, seen, audit)
 
 

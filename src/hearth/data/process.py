@@ -16,12 +16,24 @@ import numpy as np
 import numpy.typing as npt
 
 from hearth.config.recipe import FilterSection
-from hearth.data.chat import check_mask, prompt_is_prefix, render_conversation
-from hearth.data.filters import chat_key, filter_chat, filter_text, split_hash, text_key
+from hearth.data.chat import check_mask, last_turn, prompt_is_prefix, render_conversation
+from hearth.data.filters import (
+    chat_key,
+    filter_chat,
+    filter_sample,
+    filter_text,
+    sample_key,
+    split_hash,
+    text_key,
+)
 from hearth.data.parse import BadInput, Document, ParseOptions, parse
+from hearth.data.samples import Sample
 from hearth.data.sources import RawDocument
+from hearth.data.template import Message
 from hearth.data.tokenizer import DataTokenizer
 from hearth.errors import DataError
+
+Rendered = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_], str]  # tokens, loss mask, text
 
 DROP = 255  # decision for a document that is in no split
 NUM_PREFIX_CHECKS = 4  # conversations of a batch whose prompt is compared with serving's
@@ -57,6 +69,7 @@ class TokenResult:
     tokens: list[npt.NDArray[np.int32]] = field(default_factory=list)
     masks: list[npt.NDArray[np.bool_]] = field(default_factory=list)
     num_bytes: list[int] = field(default_factory=list)
+    part_lengths: list[tuple[int, ...]] = field(default_factory=list)  # tokens of each part of a document
     records: list[dict[str, Any]] = field(default_factory=list)  # source, id, messages of a conversation
     num_round_trips: int = 0
     num_lossy: int = 0
@@ -96,16 +109,22 @@ class BatchProcessor:
         documents, bad = self._parse(batch)
         reasons, keys, hashes, sizes = [], [], [], []
         for document in documents:
-            if document.messages is None:
-                reason, key = filter_text(document.text, self.options.filters), text_key(document.text)
-                size = len(document.text.encode())
-            else:
+            group = document.group
+            if document.sample is not None:
+                reason = filter_sample(document.sample, self.options.control_tokens)
+                key = sample_key(document.sample)
+                # All answers to one prompt go into one split.
+                group = group or chat_key(document.sample.prompt).hex()
+            elif document.messages is not None:
                 reason = filter_chat(document.messages, self.options.control_tokens)
                 key = chat_key(document.messages)
-                size = sum(len(message["content"].encode()) for message in document.messages)
+            else:
+                reason, key = filter_text(document.text, self.options.filters), text_key(document.text)
+            size = sum(len(turn["content"].encode()) for turn in document.turns)
+            size += len(document.text.encode())
             reasons.append(reason)
             keys.append(key)
-            hashes.append(split_hash(self.options.seed, document.group or key.hex()))
+            hashes.append(split_hash(self.options.seed, group or key.hex()))
             sizes.append(size)
         return ScanResult(
             sources=np.array([document.source for document in documents], dtype=np.int32),
@@ -121,9 +140,7 @@ class BatchProcessor:
         documents, _ = self._parse(batch)
         check_unchanged(len(documents), len(wanted))
         return [
-            document.text
-            if document.messages is None
-            else "\n".join(message["content"] for message in document.messages)
+            document.text or "\n".join(message["content"] for message in document.turns)
             for document, take in zip(documents, wanted, strict=True)
             if take
         ]
@@ -153,32 +170,58 @@ def check_unchanged(num_now: int, num_before: int) -> None:
 
 def _tokenize(documents: list[Document], tokenizer: DataTokenizer) -> TokenResult:
     result = TokenResult()
-    plain = iter(
-        tokenizer.encode_texts([document.text for document in documents if document.messages is None])
-    )
+    plain = iter(tokenizer.encode_texts([document.text for document in documents if not document.turns]))
     for document in documents:
-        if document.messages is None:
+        record: dict[str, Any] = {"source": document.source, "id": document.id}
+        if document.sample is not None:
+            parts = _render_sample(document.sample, document.id, tokenizer, result)
+            record |= {
+                "messages": document.sample.prompt,
+                "completions": document.sample.completions,
+                "fields": document.sample.fields,
+            }
+        elif document.messages is not None:
+            parts = [_render_conversation(document.messages, document.id, tokenizer, result)]
+            record["messages"] = document.messages
+        else:
             ids = next(plain)
             if not result.num_round_trips:
                 result.num_round_trips, result.num_lossy = 1, int(tokenizer.decode(ids) != document.text)
             tokens = np.array([*tokenizer.prefix_ids, *ids, tokenizer.eos_id], dtype=np.int32)
-            result.tokens.append(tokens)
-            result.masks.append(np.ones(len(tokens), dtype=np.bool_))
-            result.num_bytes.append(len(document.text.encode()))
-        else:
-            tokens, mask, text = render_conversation(document.messages, tokenizer)
-            result.num_turns += check_mask(tokens, mask, document.messages, tokenizer, document.id)
-            if result.num_prefix_checks < NUM_PREFIX_CHECKS:
-                result.num_prefix_checks += 1
-                result.num_prefix_mismatches += not prompt_is_prefix(document.messages, tokens, tokenizer)
-            result.tokens.append(tokens)
-            result.masks.append(mask)
-            result.num_bytes.append(len(text.encode()))
-        record: dict[str, Any] = {"source": document.source, "id": document.id}
-        if document.messages is not None:
-            record["messages"] = document.messages
+            parts = [(tokens, np.ones(len(tokens), dtype=np.bool_), document.text)]
+        result.tokens.append(np.concatenate([tokens for tokens, _, _ in parts]))
+        result.masks.append(np.concatenate([mask for _, mask, _ in parts]))
+        result.part_lengths.append(tuple(len(tokens) for tokens, _, _ in parts))
+        result.num_bytes.append(sum(len(text.encode()) for _, _, text in parts))
         result.records.append(record)
     return result
+
+
+def _render_conversation(
+    messages: Sequence[Message], where: str, tokenizer: DataTokenizer, result: TokenResult
+) -> Rendered:
+    tokens, mask, text = render_conversation(messages, tokenizer)
+    result.num_turns += check_mask(tokens, mask, messages, tokenizer, where)
+    if result.num_prefix_checks < NUM_PREFIX_CHECKS:
+        result.num_prefix_checks += 1
+        result.num_prefix_mismatches += not prompt_is_prefix(messages, tokens, tokenizer)
+    return tokens, mask, text
+
+
+def _render_sample(
+    sample: Sample, where: str, tokenizer: DataTokenizer, result: TokenResult
+) -> list[Rendered]:
+    """The prompt with each answer, of which the last turn counts; or the prompt alone, to be answered."""
+    if not sample.completions:
+        text, _ = tokenizer.template.render(sample.prompt, add_generation_prompt=True)
+        ids = np.asarray(tokenizer.encode_rendered(text)[0], dtype=np.int32)
+        return [(ids, np.zeros(len(ids), dtype=np.bool_), text)]
+    parts = []
+    for completion in sample.completions:
+        messages = [*sample.prompt, completion]
+        tokens, mask, text = _render_conversation(messages, where, tokenizer, result)
+        parts.append((tokens, last_turn(mask), text))
+    return parts
 
 
 def record_line(record: dict[str, Any], num_bytes: int, start: int, stop: int) -> bytes:

@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hearth.data.dataset import TokenSplit
+from hearth.data.manifest import SAMPLE_PARTS
 from hearth.data.packing import PackPlan, TooLong
+from hearth.errors import DataError
 
 IGNORE = -100
 
@@ -47,6 +49,11 @@ class PackedRows:
         *,
         truncate: bool = False,
     ) -> None:
+        if split.kind in SAMPLE_PARTS:
+            raise DataError(
+                f"{split.dataset.path} holds {split.kind}; packed rows are made of texts or conversations",
+                fix="use an objective for such samples, or prepare the data with format: chat or text",
+            )
         self.split = split
         self.sequence_length = sequence_length
         too_long: TooLong = "cut"

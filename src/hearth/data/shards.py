@@ -4,6 +4,7 @@ Files of a split, all little-endian and flat:
     tokens-00000.bin   uint16 or uint32 ids; a document never crosses a shard
     mask-00000.bin     chat: one bit a token, lowest bit first; 1 = counts in the loss
     offsets.bin        int64 [documents + 1], where each document starts, counted over all shards
+    parts.bin          int64 [documents, parts], tokens of each part; only where documents have several
     bytes.bin          int64 [documents], UTF-8 bytes of the text
     sources.bin        int32 [documents], position of the source in the manifest
     documents.jsonl    one object a document: source, id, bytes, start, stop; messages of a conversation
@@ -113,23 +114,27 @@ class SplitWriter:
         *,
         dtype: str,
         with_mask: bool,
+        num_parts: int = 1,
         files: dict[str, FileRecord],
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         directory.mkdir()
         self._directory, self._files = directory, files
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._with_mask, self._shard_tokens = with_mask, shard_tokens
+        self._with_mask, self._num_parts, self._shard_tokens = with_mask, num_parts, shard_tokens
         self._shards: list[Shard] = []
         self._tokens: HashedFile | None = None
         self._mask: _BitFile | None = None
         self._records = HashedFile(directory / "documents.jsonl")
         self._offsets, self._num_bytes, self._lines = array("q", [0]), array("q"), array("q", [0])
-        self._ids, self._sources = array("Q"), array("i")
+        self._ids, self._sources, self._parts = array("Q"), array("i"), array("q")
         self._num_supervised = 0
 
     def add(self, result: TokenResult) -> None:
         """Append the documents of a batch."""
+        if self._num_parts > 1:
+            for lengths in result.part_lengths:
+                self._parts.extend(lengths)
         for tokens, mask, num_bytes, record in zip(
             result.tokens, result.masks, result.num_bytes, result.records, strict=True
         ):
@@ -183,6 +188,9 @@ class SplitWriter:
         self._record("documents.jsonl", self._records.close())
         self._write_array("offsets.bin", np.frombuffer(self._offsets, dtype=np.int64))
         sizes = np.frombuffer(self._num_bytes, dtype=np.int64)
+        if self._num_parts > 1:
+            lengths = np.frombuffer(self._parts, dtype=np.int64)
+            self._write_array("parts.bin", lengths.reshape(-1, self._num_parts))
         self._write_array("bytes.bin", sizes)
         self._write_array("sources.bin", np.frombuffer(self._sources, dtype=np.int32))
         self._write_array("lines.bin", np.frombuffer(self._lines, dtype=np.int64))
@@ -194,5 +202,6 @@ class SplitWriter:
             tokens=self._offsets[-1],
             bytes=int(sizes.sum()),
             supervised_tokens=self._num_supervised,
+            parts=self._num_parts,
             shards=self._shards,
         )

@@ -16,12 +16,14 @@ from typing import Any, Literal
 
 from hearth.config.recipe import SourceSection
 from hearth.data.files import JSON_SUFFIXES, find_files, open_binary, plain_suffix, read_sections, sha256_file
+from hearth.data.manifest import SAMPLE_PARTS, kind_of
+from hearth.data.manifest import Kind as DocumentKind
 from hearth.data.progress import Progress
 from hearth.data.stdlib import LICENSE, decode_source, module_name, parse_module, stdlib_files, stdlib_root
 from hearth.data.stdlib_chat import GENERATOR_VERSION, make_questions
 from hearth.errors import DataError
 
-Kind = Literal["text", "json", "chat", "stdlib"]
+Kind = Literal["text", "json", "chat", "preference", "feedback", "prompts", "stdlib"]
 
 # A file named as a source is one long text: it is cut, and each section is split on its own. A file of a
 # folder is a document; only giants are cut, so that memory stays bounded, and all parts go the same way.
@@ -68,9 +70,14 @@ class Source:
     stamps: tuple[tuple[int, int], ...]  # size and time of change of each file when it was hashed
 
     @property
+    def kind(self) -> DocumentKind:
+        """What its documents are."""
+        return kind_of(self.format)
+
+    @property
     def is_chat(self) -> bool:
-        """Whether its documents are conversations."""
-        return self.format in ("chat", "stdlib-chat")
+        """Whether its documents are conversations, or samples made of them."""
+        return self.kind != "text"
 
     @property
     def license(self) -> str | None:
@@ -79,7 +86,10 @@ class Source:
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the documents, for the fingerprint of the dataset."""
-        section = self.section.model_dump(mode="json", exclude={"path", "format"})
+        unread = {"path", "format"}
+        if self.kind not in SAMPLE_PARTS:
+            unread |= {"chosen_field", "rejected_field", "label_field"}
+        section = self.section.model_dump(mode="json", exclude=unread)
         extra = {"generator": GENERATOR_VERSION} if self.format.startswith("stdlib") else {}
         return {"format": self.format, "is_file": self.is_file, "sha256": self.sha256, **section, **extra}
 
@@ -150,7 +160,7 @@ def _find(section: SourceSection) -> tuple[str, list[InputFile], bool]:
         files = [InputFile(path, path.relative_to(root).as_posix(), "stdlib") for path in stdlib_files(root)]
         return source_format, files, False
     root, paths = find_files(section.path)
-    if section.format in ("jsonl", "chat") and len(paths) > 1:
+    if section.format in ("jsonl", "chat", *SAMPLE_PARTS) and len(paths) > 1:
         paths = [path for path in paths if plain_suffix(path) in JSON_SUFFIXES]
         if not paths:
             raise DataError(
@@ -161,14 +171,16 @@ def _find(section: SourceSection) -> tuple[str, list[InputFile], bool]:
     for path in paths:
         files.append(InputFile(path, path.relative_to(root).as_posix(), _kind(section, path)))
     kinds = {file.kind for file in files}
-    if "chat" in kinds and len(kinds) > 1:
-        chat = next(file.id for file in files if file.kind == "chat")
-        other = next(file.id for file in files if file.kind != "chat")
+    special = sorted(kinds - {"text", "json"})
+    if special and len(kinds) > 1:
+        mine = next(file.id for file in files if file.kind == special[0])
+        other = next(file.id for file in files if file.kind != special[0])
+        what = "conversations" if special[0] == "chat" else special[0]
         raise DataError(
-            f"{section.path} mixes conversations ({chat}) with other text ({other})",
-            fix="make them two sources, with format: chat and format: text or jsonl",
+            f"{section.path} mixes {what} ({mine}) with other text ({other})",
+            fix=f"make them two sources, with format: {special[0]} and format: text or jsonl",
         )
-    source_format = {"text": "text", "json": "jsonl", "chat": "chat"}.get(min(kinds), "text")
+    source_format = "jsonl" if min(kinds) == "json" else str(min(kinds))
     return source_format, files, Path(section.path).expanduser().is_file()
 
 
@@ -178,18 +190,21 @@ def _kind(section: SourceSection, path: Path) -> Kind:
             return "text"
         case "jsonl":
             return "json"
-        case "chat":
-            return "chat"
+        case "chat" | "preference" | "feedback" | "prompts":
+            return section.format
     if plain_suffix(path) not in JSON_SUFFIXES:
         return "text"
-    if section.prompt_field or section.response_field:
-        return "chat"
     first = next((data for _, data in _rows(path)), b"{}")
     try:
         row = json.loads(first)
     except (ValueError, RecursionError):
-        return "json"  # the parser reports the line
-    return "chat" if isinstance(row, dict) and isinstance(row.get(section.messages_field), list) else "json"
+        row = None  # the parser reports the line
+    row = row if isinstance(row, dict) else {}
+    if section.response_field is None and {section.chosen_field, section.rejected_field} <= row.keys():
+        return "preference"
+    if section.prompt_field or section.response_field or isinstance(row.get(section.messages_field), list):
+        return "chat"
+    return "json"
 
 
 def read_raw(source: Source) -> Iterator[RawDocument]:
