@@ -99,7 +99,7 @@ def choose_tokenizer(dataset: Dataset, base_dir: Path | None) -> Any:
             f"({len(base)} tokens)",
             fix="prepare the data with the tokenizer of the base: leave tokenizer.base out",
         )
-    if dataset.manifest.kind == "chat" or base.chat_template is None:
+    if dataset.manifest.kind != "text" or base.chat_template is None:
         return tokenizer
     return base
 

@@ -32,46 +32,44 @@ class Sample:
 
 
 class SampleRows:
-    """The samples of a split of a prepared dataset, as rows."""
+    """The samples of a split of a prepared dataset that fit into ``max_length`` positions, as rows.
 
-    def __init__(self, split: Any, *, kind: str, max_length: int) -> None:
-        self.split, self.kind, self.max_length = split, kind, max_length
-        if split.dataset.manifest.kind != kind:
+    What is longer is dropped and counted, or with ``truncate`` loses the beginning of its prompt
+    (``hearth.data.SampleRows``).
+    """
+
+    def __init__(self, split: Any, *, kind: str, max_length: int, truncate: bool = False) -> None:
+        from hearth.data import SampleRows as Fitting
+
+        self.split, self.kind = split, kind
+        if split.kind != kind:
             raise DataError(
-                f"the dataset {split.dataset.path} holds {split.dataset.manifest.kind}, "
-                f"the objective needs {kind}",
+                f"the dataset {split.dataset.path} holds {split.kind}, the objective needs {kind}",
                 fix=f"prepare it with data.sources[].format: {kind}",
             )
+        self.fitting = Fitting(split, max_length, truncate=truncate)
 
     def __len__(self) -> int:
-        return int(self.split.num_documents)
+        return len(self.fitting)
 
     def __getitem__(self, index: int) -> Sample:
-        parts = tuple(
-            (np.asarray(tokens, dtype=np.int64), np.asarray(mask, dtype=np.bool_))
-            for tokens, mask in self.split.parts(index)
-        )
-        longest = max(len(tokens) for tokens, _ in parts)
-        if longest > self.max_length + 1:
-            raise DataError(
-                f"document {index} of {self.split.dataset.path} has {longest} tokens, rows hold "
-                f"{self.max_length}",
-                fix="raise data.sequence_length, or set data.truncate and prepare the data again",
-            )
+        parts = tuple((tokens.astype(np.int64), mask) for tokens, mask in self.fitting.parts(index))
         fields: Mapping[str, Any] = {}
         if self.kind in ("feedback", "prompts"):
-            fields = self.split.document_info(index).get("fields", {})
+            fields = self.split.document_info(int(self.fitting.documents[index])).get("fields", {})
         return Sample(parts, float(fields.get("label", 1.0)), fields)
 
 
-def sample_rows(dataset: Any, split: str, *, kind: str, max_length: int) -> Rows | None:
+def sample_rows(
+    dataset: Any, split: str, *, kind: str, max_length: int, truncate: bool = False
+) -> Rows | None:
     """Samples of a Hearth dataset, of one split of it, or samples as they are. None stays None."""
     if dataset is None:
         return None
     if callable(getattr(dataset, "split", None)):
         dataset = dataset.split(split)
     if hasattr(dataset, "parts"):
-        rows: Rows = SampleRows(dataset, kind=kind, max_length=max_length)
+        rows: Rows = SampleRows(dataset, kind=kind, max_length=max_length, truncate=truncate)
         return rows
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise DataError(
