@@ -10,6 +10,8 @@ import torch
 
 from hearth.errors import ConfigError
 
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
+
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """The device asked for; else the GPU when there is one, else the CPU."""
@@ -32,16 +34,38 @@ def has_fast_bf16(device: str | torch.device) -> bool:
 
 
 def choose_precision(requested: str, device: str | torch.device) -> str:
-    """``"bf16"`` or ``"fp32"`` for ``train.precision`` on ``device``; "auto" asks the hardware."""
+    """What ``train.precision`` means on ``device``: fp32, bf16, fp16 or fp8; "auto" asks the hardware.
+
+    Raises ConfigError for a precision that the device does not have.
+    """
     if requested == "auto":
         return "bf16" if has_fast_bf16(device) else "fp32"
-    if requested not in ("bf16", "fp32"):
-        raise ConfigError(f"train.precision {requested!r} is unknown", fix="use auto, bf16 or fp32")
+    if requested not in PRECISIONS:
+        raise ConfigError(
+            f"train.precision {requested!r} is unknown", fix=f"use one of auto, {', '.join(PRECISIONS)}"
+        )
+    if requested == "fp8":
+        reason = why_no_fp8(torch.device(device))
+        if reason is not None:
+            raise ConfigError(f"train.precision fp8: {reason}", fix="use precision: bf16")
     return requested
 
 
+def why_no_fp8(device: torch.device) -> str | None:
+    """None when the hardware multiplies float8 matrices, else the reason."""
+    if device.type != "cuda":
+        return f"a {device.type} has no float8 arithmetic; it takes a GPU of compute capability 8.9 or more"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; it takes 8.9"
+    return None
+
+
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bf16: weights stay float32, products are computed in bfloat16. fp32: everything in the model's type."""
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+    """bf16, fp16: weights stay float32, products are computed in that type. fp32: all in the model's type.
+
+    fp8: as bf16; the linear layers that were converted multiply in float8 (``hearth.training.float8``).
+    """
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)

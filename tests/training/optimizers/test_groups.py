@@ -49,9 +49,7 @@ def test_the_first_match_counts(make_net: Make) -> None:
     assert (settings["hidden.weight"].weight_decay, settings["hidden.weight"].rate) == (0.0, 2.0)
 
 
-def test_frozen_weights_do_not_train_and_stay(
-    make_net: Make, make_optimizer: Make, train_net: Make
-) -> None:
+def test_frozen_weights_do_not_train_and_stay(make_net: Make, make_optimizer: Make, train_net: Make) -> None:
     model = make_net()
     before = model.embed.weight.detach().clone()
     keys = {"parameter_groups": [{"match": "embed.*", "freeze": True}], "learning_rate": 0.1}
@@ -63,7 +61,8 @@ def test_frozen_weights_do_not_train_and_stay(
 
 
 @pytest.mark.parametrize(
-    ("match", "close"), [("*.lm_haed.*", "lm_head.weight"), ("head", "lm_head.weight"), ("qqq", "embed.weight")]
+    ("match", "close"),
+    [("*.lm_haed.*", "lm_head.weight"), ("head", "lm_head.weight"), ("qqq", "embed.weight")],
 )
 def test_a_glob_that_matches_nothing_names_close_weights(make_net: Make, match: str, close: str) -> None:
     with pytest.raises(ConfigError, match="matches no weight") as caught:

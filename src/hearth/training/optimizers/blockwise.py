@@ -25,7 +25,9 @@ def code_book(signed: bool) -> tuple[float, ...]:
     for exponent in range(7):
         count = 2**exponent if signed else 2 ** (exponent + 1)
         edges = [0.1 + 0.9 * index / count for index in range(count + 1)]
-        middles = [10.0 ** (exponent - 6) * (low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+        middles = [
+            10.0 ** (exponent - 6) * (low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)
+        ]
         values += middles
         if signed:
             values += [-middle for middle in middles]

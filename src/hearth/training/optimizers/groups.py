@@ -72,8 +72,8 @@ def resolve_settings(
             weights[name].requires_grad_(False)
         elif not any(weights[n].requires_grad for n, i in matched.items() if i == index):
             raise ConfigError(
-                f"train.parameter_groups[{index}].match {rules[index].match!r} matches only weights that do not "
-                f"train ({name}, …)",
+                f"train.parameter_groups[{index}].match {rules[index].match!r} matches only weights that do "
+                f"not train ({name}, …)",
                 fix="with an adapter only its own weights train: match those, such as `*.lora_B.*`",
             )
     outside = {id(weight) for weight in _input_and_output(model)}

@@ -52,7 +52,7 @@ def load_optimizer_tensors(
     unknown = [name for name in states if name not in weights]
     if unknown:
         raise IntegrityError(
-            f"the optimizer state of the checkpoint belongs to other weights: {unknown[0]} does not train here"
+            f"the optimizer state of the checkpoint is of other weights: {unknown[0]} does not train here"
         )
     for name, state in states.items():
         weight = weights[name]
