@@ -10,6 +10,7 @@ from hearth.config import Recipe
 from hearth.errors import ConfigError
 from hearth.models import build_model, load_tokenizer, resolve_reference
 from hearth.training.adapter import add_adapter
+from hearth.training.objectives import make_objective
 
 if TYPE_CHECKING:
     from hearth.data import Dataset
@@ -33,6 +34,7 @@ def assemble(recipe: Recipe, *, workspace: Workspace | None, progress: bool) -> 
     from hearth.workspace import Workspace
 
     workspace = workspace or Workspace.open()
+    objective = make_objective(recipe)
     base_dir = None if recipe.model.base is None else resolve_reference(recipe.model.base, workspace)
     dataset = open_dataset(recipe, workspace, base_dir, progress=progress)
     tokenizer = choose_tokenizer(dataset, base_dir)
@@ -44,6 +46,7 @@ def assemble(recipe: Recipe, *, workspace: Workspace | None, progress: bool) -> 
         workspace=workspace,
     )
     _check_length(recipe, model)
+    model = objective.adapt_model(model)
     if recipe.model.adapter is not None:
         model = add_adapter(model, recipe.model.adapter, seed=recipe.train.seed)
     has_validation = dataset.split("validation").num_documents > 0

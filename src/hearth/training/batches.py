@@ -145,7 +145,10 @@ def fingerprint_of(dataset: Any, rows: Rows) -> str:
         return own
     digest = hashlib.sha256(str(len(rows)).encode())
     for index in {0, len(rows) - 1}:
-        digest.update(np.asarray(_field(rows[index], "input_ids"), dtype="<i8").tobytes())
+        row = rows[index]
+        parts = getattr(row, "parts", None)  # a sample
+        for ids in [_field(row, "input_ids")] if parts is None else [tokens for tokens, _ in parts]:
+            digest.update(np.asarray(ids, dtype="<i8").tobytes())
     return f"rows-{digest.hexdigest()[:32]}"
 
 

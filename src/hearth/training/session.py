@@ -93,7 +93,7 @@ class Session:
         self.store = CheckpointStore(run.dir, keep=config.checkpoint.keep, warn=self._warn)
         self.saver = CheckpointSaver(self.store, background=config.checkpoint.async_, say=self._say)
         try:
-            trainer.objective.start(trainer, run.dir)
+            trainer.start_objective(run.dir)
             if not (run.dir / "skeleton").is_dir():
                 generation = generation_config_of(trainer, trainer.model)
                 write_skeleton(trainer.model, trainer.tokenizer, generation, run.dir / "skeleton")

@@ -47,6 +47,7 @@ from hearth.training.optimizers import (
 from hearth.training.plan import TrainingPlan, estimate_memory, resolve_steps
 from hearth.training.precision import autocast, choose_device, choose_precision
 from hearth.training.progress import TrainingProgress
+from hearth.training.samples import Sample
 from hearth.training.schedule import learning_rate_at
 from hearth.training.totals import LossTotals, add_up, as_losses
 
@@ -138,6 +139,7 @@ class Trainer:
         self._show_progress = progress
         self._progress: TrainingProgress | None = None
         self._stop_reason: str | None = None
+        self._objective_started = False
         self.model.to(self.device)
         if not trainable_parameters(self.model):
             raise ConfigError("no weight of the model trains", fix="unfreeze some, or add model.adapter")
@@ -244,12 +246,19 @@ class Trainer:
         finally:
             rng.restore(*before)
 
+    def start_objective(self, run_dir: Path | None = None) -> None:
+        """Let the objective prepare what it needs of the weights that training starts from, once."""
+        if not self._objective_started:
+            self.objective.start(self, run_dir)
+            self._objective_started = True
+
     # ── one step ─────────────────────────────────────────────────────────────────────────────────────────
 
     def train_step(self, step: int) -> StepResult:
         """Optimizer step ``step``, counted from 0. Raises NonFiniteError before any weight changes."""
         started = time.perf_counter()
         section = self.config.train
+        self.start_objective()
         batches = self.objective.batches(self, step, self.step_rows(step))
         expected = add_up(self.objective.counts(batch) for batch in batches)
         if not any(expected.values()):
@@ -333,14 +342,14 @@ class Trainer:
         """
         if self.eval_rows is None or self._num_eval_rows() == 0:
             return {}
-        size, num_rows = self.micro_batch_size, self._num_eval_rows()
+        self.start_objective()
+        num_rows = self._num_eval_rows()
         # A limited evaluation takes rows from all over the split, always the same ones.
         rows = [row_at(index, seed=0, num_rows=len(self.eval_rows)) for index in range(num_rows)]
         found = LossTotals(self.device)
         self.model.eval()
         with torch.no_grad():
-            for first in range(0, num_rows, size):
-                batch = self.objective.collate(self.eval_rows, rows[first : first + size])
+            for batch in self.objective.evaluation_batches(self, self.eval_rows, rows):
                 with autocast(self.precision, self.device):
                     found.add(as_losses(self.compute_loss(self.model, batch.to(self.device))))
         self.model.train()
@@ -401,6 +410,8 @@ class Trainer:
 
     def _sequence_length(self) -> int:
         row = self.rows[0]
+        if isinstance(row, Sample):
+            return self.config.data.sequence_length
         return len(row["input_ids"] if isinstance(row, dict) else row.input_ids)
 
     def peak_flops(self) -> float:
@@ -411,6 +422,7 @@ class Trainer:
         """Median seconds of an optimizer step, after one to warm up. Runs on a copy; nothing here changes."""
         trial = copy.copy(self)
         trial.model = copy.deepcopy(self.model)
+        trial.total_steps = num_steps + 1  # what an objective prepares for the whole run, it prepares for these
         trial.optimizer = build_optimizer(trial.model, self.config.train)
         before = rng.capture()
         try:

@@ -8,7 +8,7 @@ it is spread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from hearth.training.batches import Batch, Rows, as_rows, collate
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hearth.config.recipe import Recipe
     from hearth.training.trainer import Trainer
 
@@ -79,16 +81,26 @@ class Objective:
         ``run_dir`` is where what was computed may be kept; None where there is no run.
         """
 
+    def adapt_model(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model that trains, given the causal language model of the recipe. Default: that one."""
+        return model
+
     def batches(self, trainer: Trainer, step: int, indices: Sequence[int]) -> list[Batch]:  # noqa: ARG002
         """The micro-batches of an optimizer step over these rows, on the CPU.
 
         Overridden where something must be known of the whole step first, such as rollouts.
         """
+        return list(self.micro_batches(trainer, trainer.rows, indices))
+
+    def evaluation_batches(self, trainer: Trainer, rows: Rows, indices: Sequence[int]) -> Iterable[Batch]:
+        """The micro-batches of an evaluation over these held-out rows, on the CPU."""
+        return self.micro_batches(trainer, rows, indices)
+
+    def micro_batches(self, trainer: Trainer, rows: Rows, indices: Sequence[int]) -> Iterator[Batch]:
+        """These rows in groups of the trainer's micro-batch size."""
         size = trainer.micro_batch_size
-        return [
-            self.collate(trainer.rows, indices[first : first + size])
-            for first in range(0, len(indices), size)
-        ]
+        for first in range(0, len(indices), size):
+            yield self.collate(rows, indices[first : first + size])
 
     def collate(self, rows: Rows, indices: Sequence[int]) -> Batch:
         """A micro-batch of these rows."""
