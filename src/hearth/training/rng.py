@@ -70,7 +70,7 @@ class RandomState:
         """The states of the generators."""
         return capture()[1]
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
+    def load_state_tensors(self, tensors: dict[str, Tensor], /) -> None:
         """Continue the streams of the checkpoint."""
         restore(self._values, tensors)
 

@@ -40,16 +40,19 @@ from hearth.training.identity import Identity, identity_of
 from hearth.training.loss import split_head
 from hearth.training.nonfinite import skip_or_raise
 from hearth.training.objectives import Losses, make_objective
+from hearth.training.observers import own_callbacks
 from hearth.training.optimizers import (
     build_optimizer,
     trainable_parameters,
 )
+from hearth.training.performance import StepClock
 from hearth.training.plan import TrainingPlan, estimate_memory, resolve_steps
 from hearth.training.precision import autocast, choose_device, choose_precision
 from hearth.training.progress import TrainingProgress
 from hearth.training.samples import Sample
 from hearth.training.schedule import learning_rate_at
 from hearth.training.totals import LossTotals, add_up, as_losses
+from hearth.training.trackers import Tracking, make_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -110,6 +113,7 @@ class Trainer:
         base_reference: str | None = None,
     ) -> None:
         self.config = config or Recipe()
+        make_trackers(self.config.track.trackers, self.config.track.options)  # refused before any work
         self.model = model
         self.tokenizer = tokenizer
         self.workspace = workspace
@@ -135,6 +139,9 @@ class Trainer:
         )
         self.state = TrainingState()
         self.run: Run | None = None
+        self.clock = StepClock(self.device)
+        self.tracking: Tracking | None = None  # while the run goes on
+        own_callbacks(self)  # refuses what cannot be before anything is built
         self._resume = resume
         self._show_progress = progress
         self._progress: TrainingProgress | None = None
@@ -169,6 +176,7 @@ class Trainer:
         """
         from hearth.training.assemble import assemble
 
+        make_trackers(recipe.track.trackers, recipe.track.options)  # refused before any work
         parts = assemble(recipe, workspace=workspace, progress=progress)
         return cls(
             model=parts.model,
@@ -258,6 +266,7 @@ class Trainer:
         """Optimizer step ``step``, counted from 0. Raises NonFiniteError before any weight changes."""
         started = time.perf_counter()
         section = self.config.train
+        self.clock.phase("data")
         self.start_objective()
         batches = self.objective.batches(self, step, self.step_rows(step))
         expected = add_up(self.objective.counts(batch) for batch in batches)
@@ -271,6 +280,7 @@ class Trainer:
             group["lr"] = lr
         self.model.train()
         total, metrics = self._accumulate(batches, expected)
+        self.clock.phase("optimizer")
         weights = list(trainable_parameters(self.model).values())
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -285,6 +295,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         num_tokens = sum(batch.num_tokens for batch in batches)
         seconds = time.perf_counter() - started
+        self.clock.step_done(num_tokens)
         return StepResult(loss, grad_norm, lr, num_tokens, seconds, metrics, skipped)
 
     def _accumulate(
@@ -293,9 +304,13 @@ class Trainer:
         """Add up the gradients of the loss of the step; the loss itself, and the means of its metrics."""
         found = LossTotals(self.device)
         for batch in batches:
+            self.clock.phase("data")
+            moved = batch.to(self.device)
+            self.clock.phase("forward")
             with autocast(self.precision, self.device):
-                losses = as_losses(self.compute_loss(self.model, batch.to(self.device)))
+                losses = as_losses(self.compute_loss(self.model, moved))
             part = found.add(losses, expected)
+            self.clock.phase("backward")
             if part.requires_grad:
                 part.backward()  # type: ignore[no-untyped-call]
         factor = found.correction(expected)
@@ -404,7 +419,7 @@ class Trainer:
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """The weights of a checkpoint, nothing else."""
-        self.stateful["model"].load_state_tensors(checkpoint.tensors["model"])
+        Weights(self._saved_weights).load_state_tensors(checkpoint.tensors["model"])
 
     # ── figures ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -424,6 +439,7 @@ class Trainer:
         trial.model = copy.deepcopy(self.model)
         trial.total_steps = num_steps + 1  # what an objective prepares for the whole run, it prepares for these
         trial.optimizer = build_optimizer(trial.model, self.config.train)
+        trial.clock = StepClock(self.device)
         before = rng.capture()
         try:
             seconds = [trial.train_step(step).seconds for step in range(num_steps + 1)]

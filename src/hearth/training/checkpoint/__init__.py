@@ -11,7 +11,7 @@ bytes. ``export``: a plain model directory from any checkpoint.
 
 from hearth.training.checkpoint.parts import Counters, OptimizerState, Weights
 from hearth.training.checkpoint.saver import CheckpointSaver, Saved
-from hearth.training.checkpoint.stateful import Contents, Stateful, collect, restore
+from hearth.training.checkpoint.stateful import Contents, HasTensors, HasValues, Stateful, collect, restore
 from hearth.training.checkpoint.store import Checkpoint, CheckpointStore, checkpoint_name
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "CheckpointStore",
     "Contents",
     "Counters",
+    "HasTensors",
+    "HasValues",
     "OptimizerState",
     "Saved",
     "Stateful",

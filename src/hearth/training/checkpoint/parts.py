@@ -22,7 +22,7 @@ class Weights:
         """The weights as they are."""
         return {name: weight.detach() for name, weight in self._weights().items()}
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
+    def load_state_tensors(self, tensors: dict[str, Tensor], /) -> None:
         """Copy into the weights. Raises IntegrityError for names or shapes of another model."""
         weights = self._weights()
         own = {name: weight.shape for name, weight in weights.items()}
@@ -33,13 +33,6 @@ class Weights:
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(tensors[name])
-
-    def state_values(self) -> dict[str, Any]:
-        """None."""
-        return {}
-
-    def load_state_values(self, values: Mapping[str, Any], /) -> None:
-        """None."""
 
 
 class OptimizerState:
@@ -52,27 +45,13 @@ class OptimizerState:
         """``WEIGHT|KEY`` → tensor."""
         return optimizer_tensors(self._optimizer, self._model)
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
+    def load_state_tensors(self, tensors: dict[str, Tensor], /) -> None:
         """Take over the moments. Raises IntegrityError or ConfigError for those of something else."""
-        load_optimizer_tensors(self._optimizer, self._model, dict(tensors))
-
-    def state_values(self) -> dict[str, Any]:
-        """None: what is no tensor follows from the recipe and the step."""
-        return {}
-
-    def load_state_values(self, values: Mapping[str, Any], /) -> None:
-        """None."""
+        load_optimizer_tensors(self._optimizer, self._model, tensors)
 
 
 class Counters:
     """Base of a dataclass of JSON values that is a part of a checkpoint."""
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """None."""
-        return {}
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
-        """None."""
 
     def state_values(self) -> dict[str, Any]:
         """All fields."""

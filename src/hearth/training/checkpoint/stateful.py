@@ -21,25 +21,30 @@ _GROUP_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @runtime_checkable
-class Stateful(Protocol):
-    """Something whose state a checkpoint holds.
-
-    What ``state_*`` returns must, given to ``load_state_*`` of a fresh object, make it behave bit for bit as
-    this one. Tensors may be live: the saver copies them before the next step changes them. Loaded tensors are
-    on the host. ``load_state_values`` is called first.
-    """
+class HasTensors(Protocol):
+    """Something with tensors that a checkpoint holds."""
 
     def state_tensors(self) -> Mapping[str, Tensor]:
-        """Tensors by name, those that training changes."""
+        """Tensors by name. They may be live: the saver copies them before the next step changes them."""
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
-        """Take over the tensors of a checkpoint."""
+    def load_state_tensors(self, tensors: dict[str, Tensor], /) -> None:
+        """Take over the tensors of a checkpoint, which are on the host."""
+
+
+@runtime_checkable
+class HasValues(Protocol):
+    """Something with JSON values that a checkpoint holds."""
 
     def state_values(self) -> Mapping[str, Any]:
-        """JSON values by name: finite numbers, strings, lists, dictionaries with string keys, None."""
+        """Finite numbers, strings, lists, dictionaries with string keys, None; by name."""
 
     def load_state_values(self, values: Mapping[str, Any], /) -> None:
-        """Take over the values of a checkpoint."""
+        """Take over the values of a checkpoint; called before ``load_state_tensors``."""
+
+
+# What ``state_*`` returns must, given to ``load_state_*`` of a fresh object, make that one behave bit for bit
+# as this one. Names of tensors and values must not depend on the number of processes.
+Stateful = HasTensors | HasValues
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ def collect(parts: Mapping[str, Stateful]) -> Contents:
     for name in parts:
         assert _GROUP_NAME.fullmatch(name), f"{name!r} cannot name a file of a checkpoint"
     return Contents(
-        tensors={name: dict(part.state_tensors()) for name, part in parts.items()},
-        values={name: dict(part.state_values()) for name, part in parts.items()},
+        tensors={n: dict(p.state_tensors()) for n, p in parts.items() if isinstance(p, HasTensors)},
+        values={n: dict(p.state_values()) if isinstance(p, HasValues) else {} for n, p in parts.items()},
     )
 
 
@@ -76,5 +81,7 @@ def restore(parts: Mapping[str, Stateful], checkpoint: Checkpoint) -> None:
         )
     # Random states last: whatever the others draw while they load must not count.
     for name, part in sorted(parts.items(), key=lambda item: item[0] == RANDOM):
-        part.load_state_values(saved[name])
-        part.load_state_tensors(checkpoint.tensors[name])
+        if isinstance(part, HasValues):
+            part.load_state_values(saved[name])
+        if isinstance(part, HasTensors):
+            part.load_state_tensors(checkpoint.tensors[name])
