@@ -18,9 +18,11 @@ from hearth.models import flops_per_token, num_parameters
 from hearth.training import rng
 from hearth.training.checkpoint import CheckpointSaver, CheckpointStore, Saved
 from hearth.training.checkpoint.export import write_skeleton
+from hearth.training.observers import Observers
 from hearth.training.progress import TrainingProgress
 from hearth.training.result import generation_config_of, leave_result
 from hearth.training.signals import StopSignals
+from hearth.training.trackers.base import EndStatus
 
 if TYPE_CHECKING:
     from hearth.training.trainer import StepResult, Trainer
@@ -67,16 +69,20 @@ class Session:
             try:
                 self._execute(run)
                 summary = {**self._summary(run), **leave_result(trainer, run, workspace, self.store)}
+                self.observers.end_callbacks("finished")
             except (Interrupted, KeyboardInterrupt) as error:
-                self._settle(run, error)
-                run.finish("interrupted", summary=self._summary(run), error=str(error) or "interrupted")
+                self._settle(error)
+                self._finish(run, "interrupted", self._summary(run), str(error) or "interrupted")
                 raise
             except BaseException as error:
-                self._settle(run, error)
-                run.finish("failed", summary=self._summary(run), error=_first_line(error))
+                self._settle(error)
+                self._finish(run, "failed", self._summary(run), _first_line(error))
                 raise
-            run.finish("finished", summary=summary)
+            self._finish(run, "finished", summary)
             return run
+
+    def _finish(self, run: Run, status: EndStatus, summary: dict[str, Any], error: str | None = None) -> None:
+        run.finish(status, summary=self.observers.end(status, summary, error), error=error)
 
     def _open_run(self, workspace: Workspace) -> Run:
         trainer, config = self.trainer, self.config
@@ -103,6 +109,7 @@ class Session:
                 (run.dir / "recipe.yaml").write_text(to_yaml(config), encoding="utf-8")
                 rng.seed_everything(config.train.seed + _RUN_SEED_OFFSET)
             workspace.lineage.add(f"dataset:{trainer.dataset_fingerprint}", f"run:{run.id}", "trained")
+            self.observers = Observers(trainer, run, workspace, warn=self._warn)
         except BaseException as error:
             run.finish("interrupted" if trainer._resume else "failed", error=_first_line(error))
             raise
@@ -137,16 +144,19 @@ class Session:
         ):
             self.progress = progress
             self._announce(run)
+            self.observers.callbacks.start(trainer, run)
             stopped_early = False
             while trainer.state.step < trainer.total_steps and not stopped_early:
                 result = trainer.train_step(trainer.state.step)
                 stopped_early = self._after_step(run, result)
-                if trainer._stop_reason is not None and trainer.state.step < trainer.total_steps:
+                stopping = trainer._stop_reason is not None and trainer.state.step < trainer.total_steps
+                if stopping or self.observers.callbacks.error is not None:
                     self._stop(run)
             self._evaluate_at_end(run)
             if self._requested_step != trainer.state.step:
                 self._save(run)
-            self._record_saved(run, self.saver.wait())
+            self._record_saved(self.saver.wait())
+            self.observers.callbacks.raise_error()
 
     def _announce(self, run: Run) -> None:
         plan = self.trainer.plan()
@@ -174,13 +184,13 @@ class Session:
         if result.skipped:
             state.num_skipped_steps += 1
             state.skipped_in_a_row += 1
-            run.log_metrics({"skipped_steps": state.num_skipped_steps}, step=state.step)
+            self.observers.log_metrics({"skipped_steps": state.num_skipped_steps}, step=state.step)
             self.progress.warn(f"the update is skipped: {result.skipped}")
         else:
             state.num_tokens += result.num_tokens
             state.last_loss = result.loss
             state.skipped_in_a_row = 0
-        self._record_saved(run, self.saver.poll())
+        self._record_saved(self.saver.poll())
         self._train_seconds += result.seconds
         self._train_tokens += result.num_tokens
         self._window_seconds += result.seconds
@@ -196,14 +206,13 @@ class Session:
                 "mfu": rate * self._flops / self._peak,
                 **result.metrics,
             }
-            run.log_metrics(figures, step=state.step)
+            self.observers.log_metrics(figures, step=state.step)
             self.progress.step(state.step, {**figures, "eval_loss": self._eval_loss})
             self._window_seconds, self._window_tokens = 0.0, 0
-        for callback in trainer.callbacks:
-            callback.on_step(trainer, state.step, vars(result))
+        self.observers.callbacks.step(trainer, state.step, vars(result))
         improved = False
         if section.evaluate_every and state.step % section.evaluate_every == 0:
-            improved = self._evaluate(run)
+            improved = self._evaluate()
         every = self.config.checkpoint.every
         if improved or (every and state.step % every == 0):
             self._save(run, best=improved)
@@ -216,16 +225,17 @@ class Session:
             return True
         return False
 
-    def _evaluate(self, run: Run) -> bool:
+    def _evaluate(self) -> bool:
         """Evaluate and record; True when the result is the best so far."""
         trainer = self.trainer
         state = trainer.state
-        figures = trainer.evaluate()
+        with trainer.clock.apart("evaluation"):
+            figures = trainer.evaluate()
         if not figures:
             return False
         self._eval_loss = state.last_eval_loss = figures["eval_loss"]
         state.last_eval_step = state.step
-        run.log_metrics(figures, step=state.step)
+        self.observers.log_metrics(figures, step=state.step)
         self._figures = figures
         improved = self._is_better(figures)
         if improved:
@@ -233,8 +243,7 @@ class Session:
             state.evaluations_without_improvement = 0
         else:
             state.evaluations_without_improvement += 1
-        for callback in trainer.callbacks:
-            callback.on_evaluate(trainer, state.step, figures)
+        self.observers.callbacks.evaluate(trainer, state.step, figures)
         return improved
 
     def _is_better(self, figures: Mapping[str, float]) -> bool:
@@ -251,7 +260,7 @@ class Session:
 
     def _evaluate_at_end(self, run: Run) -> None:
         state = self.trainer.state
-        if state.last_eval_step != state.step and self._evaluate(run):
+        if state.last_eval_step != state.step and self._evaluate():
             self._save(run, best=True)
 
     # ── saving and stopping ──────────────────────────────────────────────────────────────────────────────
@@ -265,25 +274,25 @@ class Session:
             return trainer.checkpoint_contents()
 
         evaluated = self._figures if trainer.state.last_eval_step == step else None
-        self.saver.save(step, contents, metrics=evaluated, best=best)
+        with trainer.clock.apart("checkpoint"):
+            self.saver.save(step, contents, metrics=evaluated, best=best)
         self._requested_step = step
-        self._record_saved(run, self.saver.poll())
+        self._record_saved(self.saver.poll())
 
-    def _record_saved(self, run: Run, saved: list[Saved]) -> None:
+    def _record_saved(self, saved: list[Saved]) -> None:
         """Tell of checkpoints that are on the disk now."""
         for each in saved:
             self._last_saved = each.path
-            run.log_metrics(each.metrics(), step=each.step)
-            for callback in self.trainer.callbacks:
-                callback.on_checkpoint(self.trainer, each.step, each.path)
+            self.observers.log_metrics(each.metrics(), step=each.step)
+            self.observers.saved(each.step, each.path)
 
-    def _settle(self, run: Run, error: BaseException) -> None:
+    def _settle(self, error: BaseException) -> None:
         """End with the save under way: wait for it, except where somebody wants to stop at once."""
         if isinstance(error, KeyboardInterrupt):
             self.saver.cancel()
             return
         try:
-            self._record_saved(run, self.saver.wait())
+            self._record_saved(self.saver.wait())
         except StorageError as failed:
             if failed is not error:
                 self._warn(failed.message)
@@ -292,7 +301,8 @@ class Session:
         trainer = self.trainer
         if self._requested_step != trainer.state.step:
             self._save(run)
-        self._record_saved(run, self.saver.wait())
+        self._record_saved(self.saver.wait())
+        self.observers.callbacks.raise_error()
         raise Interrupted(
             f"stopped after step {trainer.state.step} of {trainer.total_steps} ({trainer._stop_reason}); "
             f"checkpoint saved",
