@@ -25,6 +25,9 @@ class PreferenceSection(Section):
     )
     desirable_weight: NonNegativeFloat = Field(1.0, description="KTO: weight of good answers.")
     undesirable_weight: NonNegativeFloat = Field(1.0, description="KTO: weight of bad answers.")
+    center_weight: NonNegativeFloat = Field(
+        0.0, description="Reward model: weight of the squared sum of a pair's rewards, which centres them."
+    )
     reference: Literal["auto", "precompute", "adapter", "model"] = Field(
         "auto",
         description="Where reference log-probabilities come from: computed once before training, the model "

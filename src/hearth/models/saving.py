@@ -108,7 +108,8 @@ def _write(
     model.save_pretrained(directory)
     generation = generation_config
     if tokenizer is not None:
-        generation = generation or default_generation_config(tokenizer)
+        if model.can_generate():
+            generation = generation or default_generation_config(tokenizer)
         tokenizer.save_pretrained(directory)
         # transformers 5 writes a class name that readers built on transformers 4 do not know.
         _edit_json(directory / "tokenizer_config.json", {"TokenizersBackend": "PreTrainedTokenizerFast"})

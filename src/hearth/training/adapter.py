@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hearth.config.recipe import AdapterSection
 from hearth.errors import ConfigError
+from hearth.models.reward_head import has_reward_head
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -31,7 +32,7 @@ def add_adapter(model: PreTrainedModel, section: AdapterSection, *, seed: int) -
         lora_alpha=cast(Any, section.alpha),
         lora_dropout=section.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if has_reward_head(model) else "CAUSAL_LM",
     )
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -18,6 +18,12 @@ ENTRY_POINTS = "hearth.objectives"
 OBJECTIVES = {
     "pretrain": "hearth.training.objectives.pretrain:Pretrain",
     "sft": "hearth.training.objectives.sft:SupervisedFineTuning",
+    "dpo": "hearth.training.objectives.dpo:DPO",
+    "ipo": "hearth.training.objectives.ipo:IPO",
+    "kto": "hearth.training.objectives.kto:KTO",
+    "orpo": "hearth.training.objectives.orpo:ORPO",
+    "simpo": "hearth.training.objectives.simpo:SimPO",
+    "reward": "hearth.training.objectives.reward:RewardModel",
 }
 
 

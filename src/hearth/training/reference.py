@@ -1,0 +1,257 @@
+"""Log-probabilities under the weights that training starts from: what preference learning compares with.
+
+Three ways to have them, with the same precision as training and without dropout: a frozen copy of the model,
+the model with its adapter off, or a table made once before the first step. The table is made in the
+micro-batches in which training meets the rows first, so that it holds bit for bit what a frozen copy would
+give there; it is kept in the run's directory and read again when the run is resumed.
+
+Shape suffixes: S sequences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from hearth.errors import ConfigError, TrainingError
+from hearth.training.batches import Batch, Rows, describe_row
+from hearth.training.identity import tokenizer_hash
+from hearth.training.logprobs import sequence_logprobs
+from hearth.training.precision import autocast
+from hearth.training.progress import TrainingProgress
+from hearth.training.reference_file import read_tables, write_tables
+
+if TYPE_CHECKING:
+    from hearth.training.trainer import Trainer
+
+REFERENCE = "reference"  # Batch.extras: reference_S
+_SECONDS_BETWEEN_LINES = 15.0
+# Part of the key → how a message calls it.
+_KEY_NAMES = {
+    "weights": "the weights that training starts from",
+    "dataset": "the dataset",
+    "tokenizer": "the tokenizer or its chat template",
+    "precision": "train.precision",
+    "sequence_length": "data.sequence_length",
+    "order": "train.batch_size or train.seed",
+}
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and without gradients; afterwards the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Sequences whose reference log-probabilities are needed.
+
+    ``slots`` gives, in groups that share a micro-batch, which of ``size`` entries of ``num_parts`` values are
+    needed; ``batch`` makes the micro-batch of a group. ``rows``: the rows that the slots number, if they do.
+    """
+
+    name: str
+    size: int
+    num_parts: int
+    slots: Callable[[], Iterator[Sequence[int]]]
+    batch: Callable[[Sequence[int]], Batch]
+    rows: Rows | None = None
+
+
+class Reference:
+    """The reference of a run. ``frozen`` is a copy of the starting model; None: the model without adapter."""
+
+    def __init__(self, frozen: nn.Module | None = None) -> None:
+        self._frozen = frozen
+
+    def attach(self, batch: Batch, table: str | Rows, slots: Sequence[int]) -> Batch:  # noqa: ARG002
+        """The batch with what is known of it before the model runs; here nothing."""
+        return batch
+
+    def sums(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Sum of the log-probabilities of each sequence's labels, sums_S."""
+        known = batch.extras.get(REFERENCE)
+        if known is not None:
+            return known
+        if self._frozen is not None:
+            with evaluating(self._frozen):
+                return sequence_logprobs(self._frozen, batch)[0]
+        adapted: Any = model
+        with evaluating(model), adapted.disable_adapter():
+            return sequence_logprobs(model, batch)[0]
+
+
+class PrecomputedReference(Reference):
+    """The reference as a table: values by name, an entry for each row; NaN where none was needed."""
+
+    def __init__(self, tables: Sequence[Table], values: Mapping[str, npt.NDArray[np.float64]]) -> None:
+        super().__init__()
+        self._tables, self._values = tables, values
+
+    def attach(self, batch: Batch, table: str | Rows, slots: Sequence[int]) -> Batch:
+        """The batch with its reference log-probabilities."""
+        names = [each.name for each in self._tables if each.name == table or each.rows is table]
+        found = [self._values[name][list(slots)] for name in names]
+        usable = next((each for each in found if not np.isnan(each).any()), None)
+        if usable is None:
+            raise TrainingError(
+                f"rows {list(slots)[:3]} have no precomputed reference log-probabilities",
+                fix="use train.preference.reference: model to train on rows of your own choice",
+            )
+        extras = {**batch.extras, REFERENCE: torch.from_numpy(usable.reshape(-1))}
+        return dataclasses.replace(batch, extras=extras)
+
+
+def make_reference(trainer: Trainer, tables: Sequence[Table], run_dir: Path | None) -> Reference:
+    """What ``train.preference.reference`` asks for, from the weights as they are now.
+
+    Raises ConfigError where the model has no adapter to take off, or where the table in ``run_dir`` was made
+    from other weights or data.
+    """
+    mode = trainer.config.train.preference.reference
+    has_adapter = callable(getattr(trainer.model, "disable_adapter", None))
+    if mode == "auto":
+        mode = "adapter" if has_adapter else "precompute"
+    if mode == "adapter":
+        if not has_adapter:
+            raise ConfigError(
+                "train.preference.reference is adapter, but the model has no adapter",
+                fix="add model.adapter, or use reference: precompute or model",
+            )
+        return Reference()
+    if mode == "model":
+        frozen = copy.deepcopy(trainer.model)
+        return Reference(frozen.requires_grad_(False).eval())
+    return precompute(trainer, tables, run_dir)
+
+
+def precompute(trainer: Trainer, tables: Sequence[Table], run_dir: Path | None) -> PrecomputedReference:
+    """Fill the tables, or take them from ``run_dir`` where an earlier part of the run has left them."""
+    key = reference_key(trainer)
+    path = None if run_dir is None else run_dir / "reference.safetensors"
+    progress = TrainingProgress(first_step=0, total_steps=0, enabled=trainer._show_progress)
+    values = {table.name: np.full((table.size, table.num_parts), np.nan) for table in tables}
+    if path is not None and path.exists():
+        stored = read_tables(path)
+        if stored is None:
+            progress.warn(f"{path} is damaged; its reference log-probabilities are computed again")
+        else:
+            _require_same_key(path, stored.key, key)
+            for name, kept in stored.tables.items():
+                if name in values and kept.shape[1:] == values[name].shape[1:]:
+                    shared = min(len(kept), len(values[name]))
+                    values[name][:shared] = kept[:shared]
+    if _fill(trainer, tables, values, progress) and path is not None:
+        write_tables(path, key, values)
+    return PrecomputedReference(tables, values)
+
+
+def _fill(
+    trainer: Trainer,
+    tables: Sequence[Table],
+    values: Mapping[str, npt.NDArray[np.float64]],
+    progress: TrainingProgress,
+) -> bool:
+    """Compute what is missing; whether anything was."""
+    needed = {table.name: {slot for group in table.slots() for slot in group} for table in tables}
+    missing = sum(int(np.isnan(values[name][sorted(slots)]).any(1).sum()) for name, slots in needed.items())
+    if not missing:
+        return False
+    done, last = 0, time.monotonic()
+    progress.say(f"computing the reference log-probabilities of {missing} samples")
+    with evaluating(trainer.model):
+        for table in tables:
+            known = values[table.name]
+            for group in table.slots():
+                slots = np.asarray(group)
+                new = np.isnan(known[slots]).any(1)
+                if not new.any():
+                    continue
+                batch = table.batch(group)
+                with autocast(trainer.precision, trainer.device):
+                    sums, _ = sequence_logprobs(trainer.model, batch.to(trainer.device))
+                found = sums.double().cpu().numpy().reshape(len(group), table.num_parts)
+                _require_finite(found, table, group)
+                known[slots[new]] = found[new]
+                done += len(np.unique(slots[new]))
+                if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+                    last = time.monotonic()
+                    progress.say(f"reference log-probabilities {done}/{missing}")
+    return True
+
+
+def _require_finite(found: npt.NDArray[np.float64], table: Table, group: Sequence[int]) -> None:
+    broken = np.flatnonzero(~np.isfinite(found).all(1))
+    if len(broken):
+        slot = group[int(broken[0])]
+        where = f"sample {slot}" if table.rows is None else describe_row(table.rows, slot)
+        raise TrainingError(
+            f"the reference log-probabilities of {where} are not finite",
+            fix="look at the sample with `hearth data inspect`, or use train.precision: fp32",
+        )
+
+
+def reference_key(trainer: Trainer) -> dict[str, str]:
+    """Hashes of all that the reference log-probabilities depend on."""
+    config = trainer.config
+    template = str(getattr(trainer.tokenizer, "chat_template", None))
+    whole = hashlib.sha256((tokenizer_hash(trainer.tokenizer) + template).encode())
+    return {
+        "weights": weights_hash(trainer.model),
+        "dataset": _rows_hash(trainer),
+        "tokenizer": whole.hexdigest(),
+        "precision": trainer.precision,
+        "sequence_length": str(config.data.sequence_length),
+        "order": json.dumps([config.train.batch_size, config.train.seed]),
+    }
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        flat = weight.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _rows_hash(trainer: Trainer) -> str:
+    """The fingerprint of a prepared dataset; of samples in memory a hash of every token and mask."""
+    digest = hashlib.sha256(trainer.dataset_fingerprint.encode())
+    for rows in (trainer.rows, trainer.eval_rows):
+        if rows is None or hasattr(rows, "split"):
+            continue
+        for index in range(len(rows)):
+            for tokens, mask in rows[index].parts:
+                digest.update(np.asarray(tokens, "<i8").tobytes() + np.packbits(mask).tobytes())
+    return digest.hexdigest()
+
+
+def _require_same_key(path: Path, stored: Mapping[str, str], key: Mapping[str, str]) -> None:
+    differing = [_KEY_NAMES[name] for name in key if stored.get(name) != key[name]]
+    if differing:
+        raise ConfigError(
+            f"{path} cannot be used any more: {', '.join(differing)} differs from when the run began",
+            fix="resume with what the run began with, or start a new run",
+        )
