@@ -56,7 +56,7 @@ def leave_result(trainer: Trainer, run: Run, workspace: Workspace, store: Checkp
 
 def generation_config_of(trainer: Trainer, model: Any) -> GenerationConfig | None:
     """Generation defaults by the tokenizer; a base adds its own stop tokens and sampling defaults."""
-    if trainer.tokenizer is None:
+    if trainer.tokenizer is None or not model.can_generate():
         return None
     by_tokenizer = default_generation_config(trainer.tokenizer)
     if trainer.config.model.base is None:

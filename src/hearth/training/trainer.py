@@ -55,6 +55,8 @@ from hearth.training.totals import LossTotals, add_up, as_losses
 from hearth.training.trackers import Tracking, make_trackers
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerFast
 
     from hearth.workspace import Run, Workspace
