@@ -1,9 +1,9 @@
 """Kahneman-Tversky optimisation: learns from single answers with a verdict (Ethayarajh et al. 2024, eq. 8).
 
 Gains and losses are felt against a baseline z0: how far the policy has moved from the reference on answers
-that do not belong to their prompts. It is estimated over the whole optimizer step, each prompt with the answer
-of the sample before it, without gradient and before the first micro-batch, so that it does not depend on how
-the step is cut; TRL estimates it for each micro-batch anew.
+that do not belong to their prompts. It is estimated over the whole optimizer step, each prompt with the
+answer of the sample before it, without gradient and before the first micro-batch, so that it does not depend
+on how the step is cut; TRL estimates it for each micro-batch anew.
 
 Shape suffix: S sequences, one an answer.
 """
@@ -36,7 +36,7 @@ _TRAIN, _VALIDATION = "train_mismatched", "validation_mismatched"
 
 
 def kto_losses(rewards_S: Tensor, baseline: Tensor, good_S: Tensor, weights: tuple[float, float]) -> Tensor:
-    """weight · (1 - value): rewards and baseline are scaled by beta; ``weights`` of good and of bad answers."""
+    """weight · (1 - value); rewards and baseline are scaled by beta; ``weights``: of good, of bad answers."""
     signs_S = torch.where(good_S, 1.0, -1.0).to(rewards_S.dtype)
     weights_S = torch.where(good_S, weights[0], weights[1]).to(rewards_S.dtype)
     return weights_S * torch.sigmoid(-signs_S * (rewards_S - baseline))
@@ -52,7 +52,7 @@ def mismatched(prompt: Sample, answer: Sample, longest: int) -> Sample:
 
 
 class KTO(PreferenceObjective):
-    """Makes good answers likelier and bad ones less likely than the reference does, with weights of their own."""
+    """Makes good answers likelier and bad ones less likely than the reference does."""
 
     name = "kto"
     kind = "feedback"
@@ -96,7 +96,7 @@ class KTO(PreferenceObjective):
         return found
 
     def _mismatched(self, rows: Rows, indices: Sequence[int], positions: Sequence[int]) -> Batch:
-        """For positions among ``indices``: that row's prompt with the answer of the row before, in a circle."""
+        """For positions among ``indices``: that row's prompt and the answer of the row before, in a circle."""
         samples = []
         for position in positions:
             pair = (indices[position], indices[position - 1])

@@ -118,7 +118,7 @@ class PreferenceObjective(Objective):
         where, longest = describe_row(rows, index), self.config.data.sequence_length
         if len(sample.parts) != self.num_parts:
             raise DataError(
-                f"{where} has {len(sample.parts)} sequences, the objective {self.name} needs {self.num_parts}",
+                f"{where} has {len(sample.parts)} sequences, {self.name} needs {self.num_parts}",
                 fix="chosen and rejected, in this order" if self.num_parts == 2 else "prompt and one answer",
             )
         for (tokens, mask), side in zip(sample.parts, ("chosen", "rejected"), strict=False):

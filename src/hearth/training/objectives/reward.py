@@ -3,8 +3,8 @@
 The loss is that of Ouyang et al. 2022, eq. 1. Rewards are only defined up to a constant; ``center_weight``
 pulls the mean of each pair towards zero (Eisenstein et al. 2023, section 2).
 
-The score is read where transformers reads it in ``AutoModelForSequenceClassification``: at the last token that
-is not the padding token.
+The score is read where ``AutoModelForSequenceClassification`` reads it: at the last token that is not the
+padding token.
 
 Shape suffixes: B rows, T positions, S sequences, P pairs.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,10 +51,8 @@ def scores(model: nn.Module, batch: Batch) -> Tensor:
     ).last_hidden_state
     ends = batch.labels_BT >= 0
     segments = batch.segment_ids_BT[ends]
-    values = inner.score(hidden_BTD[ends])[:, 0]
-    exact = (
-        values.double() if values.dtype == hidden_BTD.dtype and values.element_size() == 8 else values.float()
-    )
+    values: Tensor = inner.score(hidden_BTD[ends])[:, 0]
+    exact = values if values.dtype == torch.float64 else values.float()
     return exact.new_zeros(len(segments)).index_add(0, segments, exact)
 
 
@@ -68,7 +67,7 @@ class RewardModel(PreferenceObjective):
         super().check(dataset)
         if self.settings.sft_weight:
             raise ConfigError(
-                f"train.preference.sft_weight is {self.settings.sft_weight}, but a reward model predicts no tokens",
+                f"train.preference.sft_weight is {self.settings.sft_weight}, but a reward model has no tokens",
                 fix="leave it out",
             )
 
@@ -90,8 +89,8 @@ class RewardModel(PreferenceObjective):
         context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         if context is not None and length + 1 > context:
             raise ConfigError(
-                f"data.sequence_length is {length}, and a reward model reads one token more than a row predicts "
-                f"from: the model's context is {context}",
+                f"data.sequence_length is {length}, the model's context {context}: a reward model reads the last "
+                f"token too, from which the others predict nothing",
                 fix=f"use at most {context - 1}",
             )
 

@@ -1,4 +1,4 @@
-"""Simple preference optimisation: log-probability per token as reward, no reference (Meng et al. 2024, eq. 6)."""
+"""Simple preference optimisation: mean log-probability as reward, no reference (Meng et al. 2024, eq. 6)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hearth.training.objectives.preference import PairObjective, Pairs
 
 
 class SimPO(PairObjective):
-    """``beta`` scales the log-probabilities per token (2 to 2.5 in the paper); ``gamma`` is the target margin."""
+    """``beta`` scales log-probabilities per token (2 to 2.5 in the paper); ``gamma`` is the target margin."""
 
     name = "simpo"
     reads = frozenset({"beta", "gamma"})
