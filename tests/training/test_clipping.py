@@ -117,5 +117,3 @@ def test_clipping_as_torch() -> None:
     assert float(norm) == pytest.approx(float(expected), rel=1e-6)
     for gradient, weight in zip(ours, weights, strict=True):
         torch.testing.assert_close(gradient, weight.grad)
-
-

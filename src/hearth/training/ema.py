@@ -49,6 +49,10 @@ class WeightAverage:
         finally:
             self._copy(own, weights)
 
+    def copy_to_model(self) -> None:
+        """Give the model the averaged weights for good: training is over."""
+        self._copy(self._averages, trainable_parameters(self._model))
+
     @staticmethod
     @torch.no_grad()
     def _copy(values: dict[str, Tensor], weights: dict[str, nn.Parameter]) -> None:

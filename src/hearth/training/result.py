@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def leave_result(trainer: Trainer, run: Run, workspace: Workspace, store: CheckpointStore) -> dict[str, Any]:
     """Write ``RUN/model`` (and ``RUN/adapter``), register it where the recipe says so; facts for the summary.
 
-    The result has the last weights; with early stopping, those of the best evaluation.
+    The result has the last weights; with early stopping, those of the best evaluation; with
+    ``train.ema_decay`` the average of the weights at that step.
     """
     config = trainer.config
     best = store.best()
@@ -32,6 +33,8 @@ def leave_result(trainer: Trainer, run: Run, workspace: Workspace, store: Checkp
         trainer.load_weights(checkpoint)
         from_step = checkpoint.step
     facts: dict[str, Any] = {"model_dir": str(run.dir / "model"), "model_step": from_step}
+    if trainer.updates.average is not None:
+        trainer.updates.average.copy_to_model()
     model: Any = trainer.model
     if config.model.adapter is not None:
         save_adapter(model, run.dir / "adapter")

@@ -26,25 +26,15 @@ from hearth.models import flops_per_token, num_parameters, peak_flops
 from hearth.training import rng
 from hearth.training.batches import Batch, fingerprint_of, row_at, step_rows
 from hearth.training.callbacks import Callback
-from hearth.training.checkpoint import (
-    Checkpoint,
-    Contents,
-    Counters,
-    OptimizerState,
-    Stateful,
-    Weights,
-    collect,
-    restore,
-)
+from hearth.training.checkpoint import Checkpoint, Contents, Counters, Stateful, Weights, collect, restore
+from hearth.training.clipping import scale
+from hearth.training.execution import set_up_execution
 from hearth.training.identity import Identity, identity_of
-from hearth.training.loss import split_head
+from hearth.training.micro_batch import choose_micro_batch
 from hearth.training.nonfinite import skip_or_raise
 from hearth.training.objectives import Losses, make_objective
 from hearth.training.observers import own_callbacks
-from hearth.training.optimizers import (
-    build_optimizer,
-    trainable_parameters,
-)
+from hearth.training.optimizers import trainable_parameters
 from hearth.training.performance import StepClock
 from hearth.training.plan import TrainingPlan, estimate_memory, resolve_steps
 from hearth.training.precision import autocast, choose_device, choose_precision
@@ -53,6 +43,7 @@ from hearth.training.samples import Sample
 from hearth.training.schedule import learning_rate_at
 from hearth.training.totals import LossTotals, add_up, as_losses
 from hearth.training.trackers import Tracking, make_trackers
+from hearth.training.updates import Updates
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,6 +67,7 @@ class TrainingState(Counters):
     last_loss: float | None = None
     num_skipped_steps: int = 0  # updates that were not made, as something was not finite
     skipped_in_a_row: int = 0  # the latest of them
+    micro_batch_size: int = 0  # what auto has found
 
 
 @dataclass(frozen=True)
@@ -152,13 +144,12 @@ class Trainer:
         self.model.to(self.device)
         if not trainable_parameters(self.model):
             raise ConfigError("no weight of the model trains", fix="unfreeze some, or add model.adapter")
-        self.optimizer = build_optimizer(self.model, section)
+        self.updates = Updates(self.model, section, precision=self.precision)
+        self.optimizer = self.updates.optimizer
         self.stateful: dict[str, Stateful] = self._stateful()
-        self.micro_batch_size = self._choose_micro_batch_size()
-        if section.compile:
-            # Probe the head first: it runs the model. What the loss calls is then the compiled part.
-            split = split_head(self.model)
-            (self.model if split is None else split[0]).compile()
+        notice = set_up_execution(self.model, section, precision=self.precision, device=self.device)
+        if notice is not None:
+            TrainingProgress(first_step=0, total_steps=0, enabled=False).warn(notice)
 
     @classmethod
     def from_recipe(
@@ -267,7 +258,6 @@ class Trainer:
     def train_step(self, step: int) -> StepResult:
         """Optimizer step ``step``, counted from 0. Raises NonFiniteError before any weight changes."""
         started = time.perf_counter()
-        section = self.config.train
         self.clock.phase("data")
         self.start_objective()
         batches = self.objective.batches(self, step, self.step_rows(step))
@@ -278,22 +268,16 @@ class Trainer:
                 fix="look at the masks with `hearth data inspect --masks`, or raise train.batch_size",
             )
         lr = self.learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         self.model.train()
         total, metrics = self._accumulate(batches, expected)
         self.clock.phase("optimizer")
-        weights = list(trainable_parameters(self.model).values())
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        loss, grad_norm = torch.stack([total, norm.double()]).tolist()
-        skipped = ""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        norm = self.updates.norm()
+        loss, grad_norm = torch.stack([total, norm.to(total.device)]).tolist()
+        skipped = self.updates.overflow(loss, grad_norm)
+        if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
             skipped = skip_or_raise(self, step, batches, loss, grad_norm)
-        else:
-            if section.grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(weights, section.grad_clip, norm)
-            self.optimizer.step()
+        if not skipped:
+            self.updates.apply(lr, norm)
         self.optimizer.zero_grad(set_to_none=True)
         num_tokens = sum(batch.num_tokens for batch in batches)
         seconds = time.perf_counter() - started
@@ -314,11 +298,10 @@ class Trainer:
             part = found.add(losses, expected)
             self.clock.phase("backward")
             if part.requires_grad:
-                part.backward()  # type: ignore[no-untyped-call]
+                self.updates.backward(part)
         factor = found.correction(expected)
         if factor != 1.0:
-            weights = trainable_parameters(self.model).values()
-            torch._foreach_mul_([weight.grad for weight in weights if weight.grad is not None], factor)
+            scale(self.updates.gradients(), factor)
         return found.mean(), found.metric_means()
 
     def learning_rate(self, step: int) -> float:
@@ -332,6 +315,7 @@ class Trainer:
             warmup_steps=min(section.warmup_steps, self.total_steps),
             min_ratio=section.min_lr_ratio,
             decay_fraction=section.decay_fraction,
+            decay_shape=section.decay_shape,
         )
 
     def step_rows(self, step: int) -> list[int]:
@@ -339,11 +323,16 @@ class Trainer:
         section = self.config.train
         return step_rows(step, batch_size=section.batch_size, seed=section.seed, num_rows=len(self.rows))
 
-    def _choose_micro_batch_size(self) -> int:
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows of one forward and backward pass; with auto, found at first use and kept in checkpoints."""
         size = self.config.train.micro_batch_size
-        if size == "auto":
-            raise ConfigError("train.micro_batch_size: auto is not there yet", fix="give a number")
-        return size
+        if size != "auto":
+            return size
+        if not self.state.micro_batch_size:
+            self.start_objective()
+            self.state.micro_batch_size = choose_micro_batch(self).size
+        return self.state.micro_batch_size
 
     # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -355,7 +344,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """``eval_loss``, in nats, and what else the objective measures on the held-out rows; {} without any.
 
-        The random state stays as it was.
+        The random state stays as it was. With ``train.ema_decay`` the averaged weights are measured.
         """
         if self.eval_rows is None or self._num_eval_rows() == 0:
             return {}
@@ -365,7 +354,7 @@ class Trainer:
         rows = [row_at(index, seed=0, num_rows=len(self.eval_rows)) for index in range(num_rows)]
         found = LossTotals(self.device)
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.updates.averaged():
             for batch in self.objective.evaluation_batches(self, self.eval_rows, rows):
                 with autocast(self.precision, self.device):
                     found.add(as_losses(self.compute_loss(self.model, batch.to(self.device))))
@@ -381,7 +370,7 @@ class Trainer:
         """What a checkpoint holds. Who has more state adds itself; an objective does so in `start`."""
         return {
             "model": Weights(self._saved_weights),
-            "optimizer": OptimizerState(self.optimizer, self.model),
+            **self.updates.parts(),
             "training": self.state,
             "rng": rng.RandomState(),
         }
@@ -422,6 +411,8 @@ class Trainer:
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """The weights of a checkpoint, nothing else."""
         Weights(self._saved_weights).load_state_tensors(checkpoint.tensors["model"])
+        if self.updates.average is not None:
+            self.updates.average.load_state_tensors(checkpoint.tensors["average"])
 
     # ── figures ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -440,7 +431,8 @@ class Trainer:
         trial = copy.copy(self)
         trial.model = copy.deepcopy(self.model)
         trial.total_steps = num_steps + 1  # what an objective prepares for the whole run, it prepares for these
-        trial.optimizer = build_optimizer(trial.model, self.config.train)
+        trial.updates = Updates(trial.model, self.config.train, precision=self.precision)
+        trial.optimizer = trial.updates.optimizer
         trial.clock = StepClock(self.device)
         before = rng.capture()
         try:

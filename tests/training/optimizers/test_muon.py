@@ -13,7 +13,7 @@ def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int]) 
     torch.manual_seed(0)
     matrix = torch.randn(shape)
     values = torch.linalg.svdvals(orthogonalize(matrix).float())
-    # The iteration is tuned for speed, not for convergence: Jordan 2024 gives 0.7 to 1.2 for all but tiny ones.
+    # The iteration is tuned for speed: Jordan 2024 gives 0.7 to 1.2 for all but tiny values.
     assert values.max() < 1.3
     assert values[: len(values) * 3 // 4].min() > 0.6
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)

@@ -48,7 +48,7 @@ class AdamW8bit(Optimizer):
         self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> None:
         if not state:
-            state.update(_empty_state(weight))
+            state.update(empty_state(weight))
         state["step"] += 1
         step = int(state["step"])
         flat_weight, flat_grad = weight.view(-1), grad.reshape(-1)
@@ -74,8 +74,9 @@ def _local(tensor: Tensor) -> Tensor:
     return local
 
 
-def _empty_state(weight: Tensor) -> dict[str, Tensor]:
-    step = torch.zeros((), dtype=torch.float32)  # read every step, so it stays beside the interpreter
+def empty_state(weight: Tensor) -> dict[str, Tensor]:
+    """The state before the first step."""
+    step = torch.zeros((), dtype=torch.float32)
     if weight.numel() < _SMALLEST:
         exact = {name: torch.zeros(weight.numel(), device=weight.device) for name in ("exp_avg", "root")}
         return {"step": step, **exact}

@@ -7,6 +7,7 @@ N values (flat), K blocks, S values in a block.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,7 @@ def code_book(signed: bool) -> tuple[float, ...]:
     for exponent in range(7):
         count = 2**exponent if signed else 2 ** (exponent + 1)
         edges = [0.1 + 0.9 * index / count for index in range(count + 1)]
-        middles = [
-            10.0 ** (exponent - 6) * (low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)
-        ]
+        middles = [10.0 ** (exponent - 6) * (low + high) / 2 for low, high in itertools.pairwise(edges)]
         values += middles
         if signed:
             values += [-middle for middle in middles]
