@@ -6,6 +6,7 @@ covers the tokens of generation blocks: the assistant's words and the token that
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,10 @@ import numpy.typing as npt
 
 from hearth.data.template import Message, Span
 from hearth.data.tokenizer import DataTokenizer
+from hearth.data.training_copies import copy_names, find_copy, marked_spans
 from hearth.errors import DataError
+
+_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -51,7 +55,11 @@ def render_conversation(
     messages: Sequence[Message], tokenizer: DataTokenizer
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_], str]:
     """Ids, mask and rendered text of a conversation."""
-    text, spans = tokenizer.template.render(messages)
+    template = tokenizer.template
+    text, spans = template.render(messages)
+    copy = None if template.has_generation_marks else find_copy(template)
+    if copy is not None:
+        spans = marked_spans(copy, template, messages, text)
     ids, offsets = tokenizer.encode_rendered(text)
     return np.asarray(ids, dtype=np.int32), _mask(offsets, spans), text
 
@@ -107,13 +115,15 @@ def _kind(value: Any) -> str:
 class AuditReport:
     """What the audit saw. ``num_prefix_mismatches`` counts conversations whose prompt, as serving renders
     it, is not the beginning of the training example: legal (some templates drop earlier thoughts) but worth
-    knowing."""
+    knowing. ``num_empty_thoughts`` counts those in which the template adds an empty thought that counts in
+    the loss: it teaches the model not to think."""
 
     num_conversations: int
     num_tokens: int
     num_supervised_tokens: int
     num_turns: int
     num_prefix_mismatches: int
+    num_empty_thoughts: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """For the manifest."""
@@ -122,13 +132,15 @@ class AuditReport:
 
 def check_template(tokenizer: DataTokenizer) -> None:
     """Raise DataError when the tokenizer cannot give loss masks: no template, no marks, pad equal to eos."""
-    if not tokenizer.template.has_generation_marks:
+    copy = None if tokenizer.template.has_generation_marks else find_copy(tokenizer.template)
+    if copy is None and not tokenizer.template.has_generation_marks:
         raise DataError(
             "the chat template has no {% generation %} marks, so the loss mask of every conversation "
-            "would be all zero",
+            f"would be all zero; nor is it one of those that Hearth knows ({', '.join(copy_names())})",
             fix=_MARKS_FIX,
         )
-    if tokenizer.pad_id is not None and tokenizer.pad_id == tokenizer.eos_id:
+    # Phi-3 pads with its eos, which ends no turn there: harmless, and check_mask sees to the others.
+    if copy is None and tokenizer.pad_id is not None and tokenizer.pad_id == tokenizer.eos_id:
         raise DataError(
             f"the pad token is the eos token ({tokenizer.eos_token!r}): masking the padding would also mask "
             "the end of every answer, and the model would never learn to stop",
@@ -149,12 +161,13 @@ def audit_chat(
     check_template(tokenizer)
     counts = dict.fromkeys(AuditReport.__dataclass_fields__, 0)
     for number, messages in enumerate(conversations):
-        ids, mask, _ = render_conversation(messages, tokenizer)
+        ids, mask, text = render_conversation(messages, tokenizer)
         num_turns = check_mask(ids, mask, messages, tokenizer, f"conversation {number}")
         counts["num_conversations"] += 1
         counts["num_tokens"] += len(ids)
         counts["num_supervised_tokens"] += int(mask.sum())
         counts["num_turns"] += num_turns
+        counts["num_empty_thoughts"] += supervises_empty_thought(text, ids, mask, messages, tokenizer)
         counts["num_prefix_mismatches"] += not prompt_is_prefix(messages, ids, tokenizer)
     return AuditReport(**counts)
 
@@ -175,6 +188,12 @@ def check_mask(
         )
     ends = _run_ends(mask)
     for end in ends:
+        if int(ids[end]) == tokenizer.pad_id:
+            raise DataError(
+                f"{where}: the assistant's turn ends with the pad token ({tokenizer.pad_token!r}): masking "
+                "the padding would also mask the end of every answer, and the model would not learn to stop",
+                fix="give the tokenizer a pad token of its own",
+            )
         if int(ids[end]) in tokenizer.stop_token_ids:
             continue
         following = int(ids[end + 1]) if end + 1 < len(ids) else None
@@ -198,6 +217,21 @@ def _run_ends(mask: npt.NDArray[np.bool_]) -> list[int]:
     following = np.append(mask[1:], False)
     ends: list[int] = np.flatnonzero(mask & ~following).tolist()
     return ends
+
+
+def supervises_empty_thought(
+    text: str,
+    ids: npt.NDArray[np.int32],
+    mask: npt.NDArray[np.bool_],
+    messages: Sequence[Message],
+    tokenizer: DataTokenizer,
+) -> bool:
+    """Whether an empty thought that no message has, but the template adds, counts in the loss."""
+    if not _EMPTY_THOUGHT.search(text):
+        return False
+    counted = tokenizer.decode(ids[mask].tolist())
+    written = sum(len(_EMPTY_THOUGHT.findall(str(message.get("content")))) for message in messages)
+    return len(_EMPTY_THOUGHT.findall(counted)) > written
 
 
 def prompt_is_prefix(

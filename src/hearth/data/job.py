@@ -13,6 +13,7 @@ from hearth.data.manifest import FORMAT_VERSION, SAMPLE_PARTS, Kind
 from hearth.data.progress import NullProgress, Progress
 from hearth.data.sources import Source, resolve_sources
 from hearth.data.tokenizer import DataTokenizer, tokenizers_version
+from hearth.data.training_copies import copy_text, find_copy
 from hearth.errors import DataError
 
 
@@ -53,7 +54,7 @@ def plan_job(
             "model_max_length": recipe.model.context_length,
         }
     else:
-        tokenizer_inputs = {"sha256": tokenizer.content_hash()}
+        tokenizer_inputs = {"sha256": tokenizer.content_hash(), **_training_copy(tokenizer, sources)}
     inputs = {
         "format": FORMAT_VERSION,
         "sources": [source.fingerprint() for source in sources],
@@ -65,6 +66,17 @@ def plan_job(
         "tokenizer": tokenizer_inputs,
     }
     return Job(recipe, sources, tokenizer, inputs)
+
+
+def _training_copy(tokenizer: DataTokenizer, sources: tuple[Source, ...]) -> dict[str, str]:
+    """The copy of the chat template that the loss masks are made with, if any: it decides the content too."""
+    if all(source.kind == "text" for source in sources) or not tokenizer.chat_template:
+        return {}
+    template = tokenizer.template
+    copy = None if template.has_generation_marks else find_copy(template)
+    if copy is None:
+        return {}
+    return {"training_copy": copy, "training_copy_sha256": sha256(copy_text(copy).encode()).hexdigest()}
 
 
 def _check_kinds(sources: tuple[Source, ...]) -> None:

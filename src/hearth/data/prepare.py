@@ -298,24 +298,25 @@ def _tokenize(
         for name in SPLITS
     ]
     seen = TokenResult()
-    num_turns = 0
     kept_bytes = [
         int(corpus.num_bytes[documents][corpus.decisions[documents] != DROP].sum())
         for documents in corpus.batches()
     ]
     tasks = ((batch, corpus.decisions[documents], len(SPLITS)) for batch, documents in _batches(job, corpus))
     clock.start("tokenize", sum(kept_bytes))
-    for done, results in zip(kept_bytes, pool.map("tokenize", tasks), strict=True):
-        for writer, result in zip(writers, results, strict=True):
-            writer.add(result)
-            seen.num_round_trips += result.num_round_trips
-            seen.num_lossy += result.num_lossy
-            seen.num_prefix_mismatches += result.num_prefix_mismatches
-            num_turns += result.num_turns
-        clock.advance(done)
-    splits = dict(zip(SPLITS, (writer.close() for writer in writers), strict=True))
+    try:
+        for done, results in zip(kept_bytes, pool.map("tokenize", tasks), strict=True):
+            for writer, result in zip(writers, results, strict=True):
+                writer.add(result)
+                seen.add_counts(result)
+            clock.advance(done)
+        splits = dict(zip(SPLITS, (writer.close() for writer in writers), strict=True))
+    except BaseException:
+        for writer in writers:
+            writer.abandon()
+        raise
     clock.finish()
-    audit = _audit(splits, num_turns, seen.num_prefix_mismatches) if job.kind != "text" else None
+    audit = _audit(splits, seen) if job.kind != "text" else None
     _write_manifest(job, corpus, tokenizer, trained_on, staging, files, splits, seen, audit)
 
 
@@ -368,14 +369,15 @@ def _dtype(tokenizer: DataTokenizer) -> Literal["uint16", "uint32"]:
     return "uint16" if tokenizer.bytes_per_token_id == 2 else "uint32"
 
 
-def _audit(splits: dict[str, SplitRecord], num_turns: int, num_mismatches: int) -> dict[str, int]:
+def _audit(splits: dict[str, SplitRecord], seen: TokenResult) -> dict[str, int]:
     """Every conversation was audited while it was tokenised; this is the sum."""
     return AuditReport(
         num_conversations=sum(split.documents for split in splits.values()),
         num_tokens=sum(split.tokens for split in splits.values()),
         num_supervised_tokens=sum(split.supervised_tokens for split in splits.values()),
-        num_turns=num_turns,
-        num_prefix_mismatches=num_mismatches,
+        num_turns=seen.num_turns,
+        num_prefix_mismatches=seen.num_prefix_mismatches,
+        num_empty_thoughts=seen.num_empty_thoughts,
     ).as_dict()
 
 

@@ -16,7 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hearth.config.recipe import FilterSection
-from hearth.data.chat import check_mask, last_turn, prompt_is_prefix, render_conversation
+from hearth.data.chat import (
+    check_mask,
+    last_turn,
+    prompt_is_prefix,
+    render_conversation,
+    supervises_empty_thought,
+)
 from hearth.data.filters import (
     chat_key,
     filter_chat,
@@ -76,6 +82,15 @@ class TokenResult:
     num_turns: int = 0
     num_prefix_checks: int = 0
     num_prefix_mismatches: int = 0
+    num_empty_thoughts: int = 0
+
+    def add_counts(self, other: TokenResult) -> None:
+        """Add what another batch has counted."""
+        self.num_round_trips += other.num_round_trips
+        self.num_lossy += other.num_lossy
+        self.num_turns += other.num_turns
+        self.num_prefix_mismatches += other.num_prefix_mismatches
+        self.num_empty_thoughts += other.num_empty_thoughts
 
 
 class BatchProcessor:
@@ -200,8 +215,12 @@ def _tokenize(documents: list[Document], tokenizer: DataTokenizer) -> TokenResul
 def _render_conversation(
     messages: Sequence[Message], where: str, tokenizer: DataTokenizer, result: TokenResult
 ) -> Rendered:
-    tokens, mask, text = render_conversation(messages, tokenizer)
+    try:
+        tokens, mask, text = render_conversation(messages, tokenizer)
+    except DataError as error:
+        raise DataError(f"{where}: {error.message}", fix=error.fix) from error
     result.num_turns += check_mask(tokens, mask, messages, tokenizer, where)
+    result.num_empty_thoughts += supervises_empty_thought(text, tokens, mask, messages, tokenizer)
     if result.num_prefix_checks < NUM_PREFIX_CHECKS:
         result.num_prefix_checks += 1
         result.num_prefix_mismatches += not prompt_is_prefix(messages, tokens, tokenizer)

@@ -72,6 +72,10 @@ class HashedFile:
         self._digest.update(data)
         self.num_bytes += len(data)
 
+    def abandon(self) -> None:
+        """Close without caring what is in it."""
+        self._stream.close()
+
     def close(self) -> FileRecord:
         """Flush to the disk; size and hash of what was written."""
         try:
@@ -94,6 +98,9 @@ class _BitFile:
         whole = len(bits) // 8 * 8
         self._file.write(np.packbits(bits[:whole], bitorder="little").tobytes())
         self._rest = bits[whole:]
+
+    def abandon(self) -> None:
+        self._file.abandon()
 
     def close(self) -> FileRecord:
         self._file.write(np.packbits(self._rest, bitorder="little").tobytes())
@@ -181,6 +188,12 @@ class SplitWriter:
         file = HashedFile(self._directory / name)
         file.write(values.astype(values.dtype.newbyteorder("<")).tobytes())
         self._record(name, file.close())
+
+    def abandon(self) -> None:
+        """Close what is open after a failure; the directory is thrown away."""
+        for file in (self._records, self._tokens, self._mask):
+            if file is not None:
+                file.abandon()
 
     def close(self) -> SplitRecord:
         """Write the index files; the record of the split for the manifest."""
