@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 @click.argument("recipe", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--resume", metavar="RUN", help="Go on with this run from its newest sound checkpoint.")
+@click.option(
+    "--sweep",
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="Run many trials: of this file, or (last on the line, without one) of the recipe's sweep section.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be done, in numbers, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
@@ -28,6 +35,7 @@ def train(
     recipe: str | None,
     overrides: tuple[str, ...],
     resume: str | None,
+    sweep: str | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -39,6 +47,9 @@ def train(
 
     The result is scored on the held-out documents. With register.name it becomes a version, takes the parity
     gate and gets its aliases; exits with 1 when the gate fails.
+
+    With --sweep the recipe is tried with many values of some of its keys; the same command goes on with a
+    sweep that stopped. The best recipe, all results and a plot are left in the workspace's sweeps folder.
     """
     from hearth.workspace import Workspace
 
@@ -48,6 +59,16 @@ def train(
         raise ConfigError("no recipe given", fix="hearth train RECIPE, or hearth train --resume RUN")
     with Workspace.open() as workspace:
         loaded = _load(recipe, overrides, resume, workspace)
+        if sweep is not None:
+            if resume is not None or dry_run or recipe is None:
+                raise ConfigError(
+                    "--sweep takes a recipe, and neither --resume nor --dry-run",
+                    fix="give the same command again to go on with a sweep",
+                )
+            from hearth.cli import sweeping
+
+            sweeping.run(loaded, sweep, workspace, name=recipe, quiet=quiet, as_json=as_json)
+            return
         # torch and transformers take seconds to load; a recipe that is wrong is refused before that.
         from hearth.training import Trainer
 
