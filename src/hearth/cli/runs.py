@@ -1,9 +1,10 @@
-"""`hearth runs`: list, show and compare runs."""
+"""`hearth runs`: list, show, compare and export runs."""
 
 from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,7 +22,7 @@ _STATUSES = ("running", "finished", "failed", "interrupted")
 
 @click.group()
 def runs() -> None:
-    """List, show and compare runs."""
+    """List, show, compare and export runs."""
 
 
 @runs.command(name="list")
@@ -117,6 +118,35 @@ def compare(run_ids: tuple[str, ...], as_json: bool) -> None:
         print_json({"runs": ids, "rows": {key: dict(zip(ids, values, strict=True)) for key, values in rows}})
     else:
         print_table(("", *ids), ((key, *map(_number, values)) for key, values in rows))
+
+
+@runs.command()
+@click.argument("run_id", metavar="ID")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--step", default="latest", show_default=True, metavar="N|best|latest", help="Which checkpoint to export."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
+def export(run_id: str, out: Path, step: str, as_json: bool) -> None:
+    """Write a checkpoint of the run ID to OUT, as a plain Hugging Face model directory.
+
+    The checkpoint is verified first; an adapter is merged into its base. OUT appears whole or not at all.
+    """
+    if step not in ("best", "latest") and not step.isdecimal():
+        raise click.BadParameter(f"{step!r} is neither a step nor best nor latest", param_hint="--step")
+    with require_existing(f"run {run_id!r}") as workspace:
+        run = workspace.runs.get(run_id)
+        # torch and transformers take seconds to load; a run that is not there is refused before that.
+        from hearth.training.checkpoint.export import export_checkpoint
+
+        exported = export_checkpoint(
+            run, out, step=int(step) if step.isdecimal() else step, workspace=workspace
+        )
+    if as_json:
+        print_json({"run": run.id, "step": exported.step, "dir": str(exported.directory)})
+        return
+    click.echo(f"step {exported.step} of run {run.id} is in {exported.directory}")
+    note(f"try it: hearth generate {exported.directory} 'Once upon a time'")
 
 
 def _show_series(points: list[MetricPoint], as_json: bool) -> None:

@@ -6,12 +6,13 @@ A checkpoint holds what training changes. What never changes during a run is wri
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import uuid
 import warnings
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -24,12 +25,21 @@ from hearth.models.loading import quiet_transformers
 from hearth.models.saving import replace_directory
 from hearth.training.checkpoint.store import CheckpointStore
 from hearth.training.identity import base_hash, shapes_hash, tokenizer_hash
+from hearth.training.progress import TrainingProgress
 
 if TYPE_CHECKING:
     from hearth.training.checkpoint.store import Checkpoint
     from hearth.workspace import Run, Workspace
 
 _ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written where."""
+
+    directory: Path
+    step: int
 
 
 def write_skeleton(model: Any, tokenizer: Any, generation: GenerationConfig | None, directory: Path) -> None:
@@ -56,42 +66,44 @@ def export_checkpoint(
     run: Run | str,
     out_dir: Path | str,
     *,
-    step: int | Literal["best", "latest"] = "latest",
+    step: int | str = "latest",
     workspace: Workspace | None = None,
-) -> Path:
+) -> Exported:
     """Write a checkpoint of a run as a plain Hugging Face directory; an adapter is merged into its base.
 
-    ``run``: a run or its id. The bytes of the checkpoint are verified first, and ``out_dir`` appears by one
-    rename. Raises NotFoundError (no such run or checkpoint), IntegrityError (damaged, or another base than
-    the adapter was trained on), ConfigError (something is at ``out_dir``), StorageError.
+    ``run``: a run or its id, which may go on meanwhile; ``step``: a step, ``best`` or ``latest``. The bytes of
+    the checkpoint are verified first, and ``out_dir`` appears by one rename. Raises NotFoundError (no such
+    run or checkpoint), IntegrityError (damaged, or another base than the adapter was trained on), ConfigError
+    (something is at ``out_dir``), StorageError.
     """
     from hearth.workspace import Workspace
 
     target = Path(out_dir).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not empty", fix="name a directory that is not there yet")
-    workspace = workspace or Workspace.open()
-    found = workspace.runs.get(run) if isinstance(run, str) else run
-    skeleton = found.dir / "skeleton"
-    if not (skeleton / "config.json").is_file():
-        raise NotFoundError(
-            f"run {found.id} has no {skeleton.name} folder to build its model from",
-            fix=f"resume it: `hearth train --resume {found.id}` writes it, and RUN/model at the end",
-        )
-    checkpoint = CheckpointStore(found.dir).find(step)
-    tokenizer = load_tokenizer(skeleton) if (skeleton / "tokenizer.json").is_file() else None
-    _require(checkpoint, "tokenizer", tokenizer_hash(tokenizer), f"the tokenizer in {skeleton}")
-    if (skeleton / _ADAPTER).is_file():
-        base = (found.recipe or {}).get("model", {}).get("base")
-        model = _merged(checkpoint, skeleton, resolve_reference(base, workspace))
-    else:
-        model = _plain(checkpoint, skeleton)
-    generation = None
-    if (skeleton / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(skeleton)
+    with contextlib.ExitStack() as stack:
+        opened = workspace or stack.enter_context(Workspace.open())
+        found = opened.runs.get(run) if isinstance(run, str) else run
+        skeleton = found.dir / "skeleton"
+        if not (skeleton / "config.json").is_file():
+            raise NotFoundError(
+                f"run {found.id} has no {skeleton.name} folder to build its model from",
+                fix="only training runs have checkpoints: `hearth runs list --kind train` shows them",
+            )
+        say = TrainingProgress(first_step=0, total_steps=0, enabled=False)
+        checkpoint = CheckpointStore(found.dir, warn=say.warn).find(step)
+        tokenizer = load_tokenizer(skeleton) if (skeleton / "tokenizer.json").is_file() else None
+        _require(checkpoint, "tokenizer", tokenizer_hash(tokenizer), f"the tokenizer in {skeleton}")
+        if (skeleton / _ADAPTER).is_file():
+            base = (found.recipe or {})["model"]["base"]
+            model = _merged(checkpoint, skeleton, resolve_reference(base, opened))
+        else:
+            model = _plain(checkpoint, skeleton)
+    has_defaults = (skeleton / "generation_config.json").is_file()
     with torch.no_grad():
+        generation = GenerationConfig.from_pretrained(skeleton) if has_defaults else None
         save_model(model, tokenizer, target, generation)
-    return target
+    return Exported(target, checkpoint.step)
 
 
 def _plain(checkpoint: Checkpoint, skeleton: Path) -> Any:
@@ -101,8 +113,7 @@ def _plain(checkpoint: Checkpoint, skeleton: Path) -> Any:
     with quiet_transformers(), torch.device("meta"):
         model = model_class(config)
     _require(checkpoint, "model", shapes_hash(model), f"the configuration in {skeleton}")
-    weights = checkpoint.tensors["model"]
-    model.load_state_dict(weights, strict=False, assign=True)
+    model.load_state_dict(_weights(checkpoint), strict=False, assign=True)
     model.tie_weights()
     empty = [name for name, weight in model.named_parameters() if weight.is_meta]
     if empty:
@@ -121,18 +132,22 @@ def _merged(checkpoint: Checkpoint, skeleton: Path, base_dir: Path) -> nn.Module
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a deprecated name
         model = get_peft_model(base, LoraConfig.from_pretrained(str(skeleton)))
-    _copy_into(model, checkpoint.tensors["model"], checkpoint)
-    merged: nn.Module = merge_adapter(model)
-    return merged
-
-
-def _copy_into(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    weights = _weights(checkpoint)
     own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    if set(own) != set(weights):
+    if {n: w.shape for n, w in own.items()} != {n: w.shape for n, w in weights.items()}:
         raise IntegrityError(f"checkpoint {checkpoint.path} holds an adapter of another shape")
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(weights[name])
+    merged: nn.Module = merge_adapter(model)
+    return merged
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights of a checkpoint; where the run averages them, the averages, as at its end."""
+    weights = checkpoint.tensors["model"]
+    averages = checkpoint.tensors["average"]
+    return {name: averages.get(name, weight).to(weight.dtype) for name, weight in weights.items()}
 
 
 def _require(checkpoint: Checkpoint, field: str, value: str, what: str) -> None:

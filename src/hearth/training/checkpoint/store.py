@@ -295,12 +295,12 @@ class CheckpointStore:
             raise IntegrityError(f"checkpoint {path} cannot be read: {error}") from error
 
     def find(self, which: int | str) -> Checkpoint:
-        """The checkpoint of a step, the ``best``, or the ``latest`` that verifies.
+        """The checkpoint of a step, the ``best``, or the ``latest`` that verifies; nothing changes on the disk.
 
         Raises NotFoundError, and IntegrityError for a damaged one that was asked for by name.
         """
         if which == "latest":
-            return self.load_newest()
+            return self._newest()
         path = self.best() if which == "best" else self.root / checkpoint_name(int(which))
         if path is None or not path.is_dir():
             steps = ", ".join(str(checkpoint_step(found)) for found in reversed(self.list()))
@@ -316,6 +316,9 @@ class CheckpointStore:
         Raises NotFoundError when there is none at all, IntegrityError when none verifies.
         """
         self._restore_replaced()
+        return self._newest()
+
+    def _newest(self) -> Checkpoint:
         candidates = self.list()
         if not candidates:
             raise NotFoundError(
