@@ -20,7 +20,7 @@ def has_reward_head(model: Any) -> bool:
 
 
 def with_reward_head(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
-    """``AutoModelForSequenceClassification`` with one label, over the decoder of ``model``, which it takes over.
+    """``AutoModelForSequenceClassification`` with one label, on the decoder of ``model``, which it takes.
 
     The head starts small and depends on ``seed`` alone. Raises UnsupportedModelError for an architecture
     whose classifier does not read the last token through a linear ``score``.

@@ -96,7 +96,7 @@ class KTO(PreferenceObjective):
         return found
 
     def _mismatched(self, rows: Rows, indices: Sequence[int], positions: Sequence[int]) -> Batch:
-        """For positions among ``indices``: that row's prompt and the answer of the row before, in a circle."""
+        """At positions among ``indices``: that row's prompt and the answer of the row before, in a circle."""
         samples = []
         for position in positions:
             pair = (indices[position], indices[position - 1])

@@ -67,7 +67,7 @@ class RewardModel(PreferenceObjective):
         super().check(dataset)
         if self.settings.sft_weight:
             raise ConfigError(
-                f"train.preference.sft_weight is {self.settings.sft_weight}, but a reward model has no tokens",
+                f"train.preference.sft_weight is {self.settings.sft_weight}, but this model has no tokens",
                 fix="leave it out",
             )
 
@@ -89,8 +89,8 @@ class RewardModel(PreferenceObjective):
         context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         if context is not None and length + 1 > context:
             raise ConfigError(
-                f"data.sequence_length is {length}, the model's context {context}: a reward model reads the last "
-                f"token too, from which the others predict nothing",
+                f"data.sequence_length is {length}, the model's context {context}: a reward model reads "
+                f"one token more than others, the last",
                 fix=f"use at most {context - 1}",
             )
 
