@@ -71,8 +71,8 @@ def export_checkpoint(
 ) -> Exported:
     """Write a checkpoint of a run as a plain Hugging Face directory; an adapter is merged into its base.
 
-    ``run``: a run or its id, which may go on meanwhile; ``step``: a step, ``best`` or ``latest``. The bytes of
-    the checkpoint are verified first, and ``out_dir`` appears by one rename. Raises NotFoundError (no such
+    ``run``: a run or its id, it may go on meanwhile; ``step``: a step, ``best`` or ``latest``. The bytes
+    of the checkpoint are verified first, and ``out_dir`` appears by one rename. Raises NotFoundError (no such
     run or checkpoint), IntegrityError (damaged, or another base than the adapter was trained on), ConfigError
     (something is at ``out_dir``), StorageError.
     """

@@ -295,7 +295,7 @@ class CheckpointStore:
             raise IntegrityError(f"checkpoint {path} cannot be read: {error}") from error
 
     def find(self, which: int | str) -> Checkpoint:
-        """The checkpoint of a step, the ``best``, or the ``latest`` that verifies; nothing changes on the disk.
+        """The checkpoint of a step, the ``best``, or the ``latest`` that verifies. Only reads.
 
         Raises NotFoundError, and IntegrityError for a damaged one that was asked for by name.
         """
