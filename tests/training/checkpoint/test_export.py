@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -149,3 +150,37 @@ def test_a_full_disk_leaves_nothing(
         export_checkpoint(finished, tmp_path / "empty", workspace=workspace)
     assert not (tmp_path / "empty").exists()
     assert not list(tmp_path.glob(".empty*"))
+
+
+def test_from_the_command_line(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], workspace: Workspace
+) -> None:
+    from hearth.cli.main import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(["runs", "export", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    out = tmp_path / "out"
+    code, said, _ = call(finished.id[:5], out, "--step", "best")
+    best = CheckpointStore(finished.dir).find("best").step
+    assert (code, said) == (0, f"step {best} of run {finished.id} is in {out}\n")
+    assert load_model(out).config.model_type == "qwen3"
+    code, said, _ = call(finished.id, tmp_path / "two", "--json", "--step", 2)
+    assert (code, json.loads(said)) == (
+        0,
+        {"run": finished.id, "step": 2, "dir": str(tmp_path / "two")},
+    )
+    for arguments, message in (
+        ((finished.id, out), "exists and is not empty"),
+        ((finished.id, tmp_path / "x", "--step", "newest"), "'newest' is neither a step nor best nor latest"),
+        ((finished.id, tmp_path / "x", "--step", "-1"), "neither a step nor best nor latest"),
+        ((finished.id, tmp_path / "x", "--step", 77), "has no step 77"),
+        (("zzz", tmp_path / "x"), "no run 'zzz'"),
+    ):
+        code, said, error = call(*arguments)
+        assert (code, said) == (2, ""), arguments
+        assert message in error
+    assert not (tmp_path / "x").exists()
