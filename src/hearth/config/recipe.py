@@ -27,6 +27,8 @@ from hearth.config.section import (
     section,
 )
 
+_NOT_FOR_FIM = ("sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "ppo")
+
 
 class AdapterSection(Section):
     """LoRA, through PEFT."""
@@ -99,7 +101,7 @@ class SourceSection(Section):
     messages_field: str = Field("messages", description="The JSONL key that holds a list of messages.")
     prompt_field: str | None = Field(
         None,
-        description="The key of the user's turn, or a pattern of keys in braces, where rows are not messages. "
+        description="The key of the user's turn, or a pattern of keys in braces, where rows are no messages. "
         "Default for preference, feedback and prompts: prompt.",
     )
     response_field: str | None = Field(
@@ -339,6 +341,10 @@ class Recipe(Section):
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is longer than model.context_length "
                 f"{self.model.context_length}"
+            )
+        if self.data.fim is not None and self.train.objective in _NOT_FOR_FIM:
+            raise ValueError(
+                f"data.fim rearranges plain texts; train.objective {self.train.objective} does not read them"
             )
         if self.register_.aliases and not self.evaluate.parity:
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 
-from hearth.config.recipe import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from hearth.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 

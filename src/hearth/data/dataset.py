@@ -109,11 +109,11 @@ class TokenSplit:
     def tokens(self, index: int) -> npt.NDArray[np.int32]:
         """Token ids of a document; a text begins as the tokenizer begins every text (BOS, if it adds one)
         and ends with the eos token."""
-        return self.token_range(index, 0, self._length(index))
+        return self.token_range(index, 0, self.length(index))
 
     def loss_mask(self, index: int) -> npt.NDArray[np.bool_] | None:
         """Which tokens of a document count in the loss; None when every token does."""
-        return self.mask_range(index, 0, self._length(index))
+        return self.mask_range(index, 0, self.length(index))
 
     def token_range(self, index: int, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Tokens ``start`` to ``stop`` of a document."""
@@ -131,7 +131,8 @@ class TokenSplit:
         bits = np.unpackbits(packed, bitorder="little")
         return bits[begin % 8 : begin % 8 + end - begin].astype(np.bool_)
 
-    def _length(self, index: int) -> int:
+    def length(self, index: int) -> int:
+        """Tokens of a document."""
         self._check(index)
         return int(self.offsets[index + 1] - self.offsets[index])
 

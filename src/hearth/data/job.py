@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hearth.config.recipe import Recipe
+from hearth.data.fim import FIM_TOKENS, FimTokens
 from hearth.data.manifest import FORMAT_VERSION, SAMPLE_PARTS, Kind
 from hearth.data.progress import NullProgress, Progress
 from hearth.data.sources import Source, resolve_sources
@@ -53,7 +54,11 @@ def plan_job(
             "tokenizers": tokenizers_version(),
             "model_max_length": recipe.model.context_length,
         }
+        if data.fim is not None:
+            tokenizer_inputs["more_special_tokens"] = list(FIM_TOKENS)
     else:
+        if data.fim is not None:
+            FimTokens.find(tokenizer)
         tokenizer_inputs = {"sha256": tokenizer.content_hash(), **_training_copy(tokenizer, sources)}
     inputs = {
         "format": FORMAT_VERSION,

@@ -74,6 +74,7 @@ class PackPlan:
         seed: int = 0,
         too_long: TooLong = "cut",
         always_cut: npt.ArrayLike | None = None,
+        reserve: int = 0,
         window: int = WINDOW,
     ) -> PackPlan:
         """Plan the rows for documents of ``lengths`` tokens.
@@ -82,26 +83,33 @@ class PackPlan:
         consecutive pieces (nothing is lost), ``drop`` it, or ``truncate`` it to the first row. Documents
         marked in ``always_cut`` [documents] are cut whatever it says. Documents of fewer than two tokens
         have no pair and are counted in ``num_too_short``. Pieces are shuffled by ``seed`` and packed in
-        windows of ``window`` pieces. Raises ConfigError when ``sequence_length`` is not positive.
+        windows of ``window`` pieces. ``reserve`` positions are kept free for every piece to grow into.
+        Raises ConfigError when a row has no room.
         """
         if sequence_length < 1:
             raise ConfigError(
                 f"data.sequence_length is {sequence_length}; it must be at least 1",
                 fix="give the number of tokens of one training row, such as 512",
             )
+        if reserve >= sequence_length:
+            raise ConfigError(
+                f"data.sequence_length is {sequence_length}; data.fim alone takes {reserve} tokens of a row",
+                fix="give at least a few dozen tokens",
+            )
+        capacity = sequence_length - reserve
         pairs = np.asarray(lengths, dtype=np.int64) - 1
-        too_many = pairs > sequence_length
+        too_many = pairs > capacity
         if always_cut is not None:
             too_many &= ~np.asarray(always_cut, dtype=np.bool_)
         if too_long == "drop":
             fitting = np.where(too_many, 0, pairs)
         elif too_long == "truncate":
-            fitting = np.where(too_many, sequence_length, pairs)
+            fitting = np.where(too_many, capacity, pairs)
         else:
             fitting = pairs
-        documents, starts, sizes = _pieces(np.maximum(fitting, 0), sequence_length)
+        documents, starts, sizes = _pieces(np.maximum(fitting, 0), capacity)
         if packing:
-            order, row_starts = _pack(sizes, sequence_length, seed, window)
+            order, row_starts = _pack(sizes + reserve, sequence_length, seed, window)
         else:
             order, row_starts = np.arange(len(sizes)), np.arange(len(sizes) + 1)
         return cls(
@@ -112,7 +120,7 @@ class PackPlan:
             lengths=sizes[order],
             num_dropped=int(too_many.sum()) if too_long == "drop" else 0,
             num_truncated=int(too_many.sum()) if too_long == "truncate" else 0,
-            num_cut_tokens=(int((pairs[too_many] - sequence_length).sum()) if too_long == "truncate" else 0),
+            num_cut_tokens=(int((pairs[too_many] - capacity).sum()) if too_long == "truncate" else 0),
             num_too_short=int((pairs < 1).sum()),
         )
 

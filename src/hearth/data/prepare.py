@@ -28,6 +28,7 @@ from hearth.data.chat import AuditReport, check_template
 from hearth.data.corpus import SPLITS, Corpus, scan_corpus
 from hearth.data.dataset import TOKENIZER_DIRECTORY, Dataset
 from hearth.data.files import sha256_file
+from hearth.data.fim import FIM_TOKENS
 from hearth.data.job import Job, plan_job
 from hearth.data.manifest import (
     MANIFEST,
@@ -199,7 +200,8 @@ def _move_into_place(staging: Path, out_dir: Path, fingerprint: str) -> None:
 
 
 def _build(job: Job, staging: Path, clock: _StageClock) -> None:
-    control = SPECIAL_TOKENS if job.tokenizer is None else tuple(sorted(job.tokenizer.special_ids))
+    trained = (*SPECIAL_TOKENS, *(FIM_TOKENS if job.recipe.data.fim else ()))
+    control = trained if job.tokenizer is None else tuple(sorted(job.tokenizer.special_ids))
     options = ProcessOptions(
         sources=tuple(ParseOptions.of(section) for section in job.recipe.data.sources),
         filters=job.recipe.data.filters,
@@ -259,7 +261,8 @@ def _train_tokenizer(
                 yield text
                 clock.advance(len(text.encode()))
 
-    tokenizer = train_bpe(texts(), job.recipe.tokenizer.vocab_size)
+    fim_tokens = FIM_TOKENS if job.recipe.data.fim else ()
+    tokenizer = train_bpe(texts(), job.recipe.tokenizer.vocab_size, more_special_tokens=fim_tokens)
     clock.finish()
     return tokenizer, sampled
 

@@ -211,7 +211,9 @@ class DataTokenizer:
             (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8", newline="\n")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> DataTokenizer:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, *, more_special_tokens: Sequence[str] = ()
+) -> DataTokenizer:
     """Train a byte-level BPE: any text round-trips, bytes are the alphabet, GPT-2's split into words.
 
     The same texts give the same tokenizer on any number of threads.
@@ -222,7 +224,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> DataTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        special_tokens=[
+            AddedToken(token, special=True, normalized=False)
+            for token in (*SPECIAL_TOKENS, *more_special_tokens)
+        ],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

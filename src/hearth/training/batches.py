@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hearth.config.recipe import FimSection
 from hearth.data.order import row_index
 from hearth.errors import DataError
 
@@ -110,14 +111,29 @@ def row_at(consumed: int, *, seed: int, num_rows: int) -> int:
     return row_index(seed, epoch, position, num_rows)
 
 
-def step_rows(step: int, *, batch_size: int, seed: int, num_rows: int) -> list[int]:
-    """The rows of an optimizer step; a step may reach over the end of an epoch."""
+def step_rows(
+    step: int, *, batch_size: int, seed: int, num_rows: int, changes_by_epoch: bool = False
+) -> list[int]:
+    """The rows of an optimizer step; a step may reach over the end of an epoch.
+
+    Where rows change by epoch, row r of epoch e has the number ``e * num_rows + r``.
+    """
     first = step * batch_size
-    return [row_at(first + offset, seed=seed, num_rows=num_rows) for offset in range(batch_size)]
+    rows = [row_at(first + offset, seed=seed, num_rows=num_rows) for offset in range(batch_size)]
+    if not changes_by_epoch:
+        return rows
+    return [(first + offset) // num_rows * num_rows + row for offset, row in enumerate(rows)]
 
 
 def as_rows(
-    dataset: Any, *, split: str, sequence_length: int, packing: bool, seed: int, truncate: bool
+    dataset: Any,
+    *,
+    split: str,
+    sequence_length: int,
+    packing: bool,
+    seed: int,
+    truncate: bool,
+    fim: FimSection | None = None,
 ) -> Rows | None:
     """Packed rows of a Hearth dataset, of one split of it, or rows as they are. None stays None."""
     if dataset is None:
@@ -127,7 +143,9 @@ def as_rows(
     if hasattr(dataset, "tokens") and hasattr(dataset, "lengths"):
         from hearth.data import PackedRows
 
-        rows: Rows = PackedRows(dataset, sequence_length, packing=packing, seed=seed, truncate=truncate)
+        rows: Rows = PackedRows(
+            dataset, sequence_length, packing=packing, seed=seed, truncate=truncate, fim=fim
+        )
         return rows
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise DataError(
@@ -157,7 +175,7 @@ def describe_row(rows: Rows, index: int) -> str:
     plan, split = getattr(rows, "plan", None), getattr(rows, "split", None)
     if plan is None or split is None:
         return f"row {index}"
-    first, last = int(plan.row_starts[index]), int(plan.row_starts[index + 1])
+    first, last = (int(at) for at in plan.row_starts[index % len(rows) :][:2])
     documents = list(dict.fromkeys(int(document) for document in plan.documents[first:last]))
     names = []
     for document in documents[:5]:

@@ -112,7 +112,7 @@ def identity_of(trainer: Trainer) -> Identity:
     if adapter is not None:
         base = base_hash(resolve_reference(str(config.model.base), trainer.workspace))
     return Identity(
-        dataset=trainer.dataset_fingerprint,
+        dataset=trainer.dataset_fingerprint + getattr(trainer.rows, "identity", ""),
         rows=len(trainer.rows),
         tokenizer=tokenizer_hash(trainer.tokenizer),
         model=shapes_hash(trainer.model),

@@ -321,7 +321,13 @@ class Trainer:
     def step_rows(self, step: int) -> list[int]:
         """The rows of optimizer step ``step``, counted from 0, in order."""
         section = self.config.train
-        return step_rows(step, batch_size=section.batch_size, seed=section.seed, num_rows=len(self.rows))
+        return step_rows(
+            step,
+            batch_size=section.batch_size,
+            seed=section.seed,
+            num_rows=len(self.rows),
+            changes_by_epoch=getattr(self.rows, "changes_by_epoch", False),
+        )
 
     @property
     def micro_batch_size(self) -> int:

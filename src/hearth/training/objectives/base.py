@@ -73,6 +73,7 @@ class Objective:
             packing=data.packing,
             seed=data.seed,
             truncate=data.truncate,
+            fim=data.fim if split == "train" else None,
         )
 
     def start(self, trainer: Trainer, run_dir: Path | None) -> None:
