@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
 from torch import nn
@@ -45,10 +46,13 @@ def compile_blocks(model: nn.Module, device: torch.device, *, checkpointing: str
 def why_no_compiler(device: str) -> str | None:
     """Compile something tiny: None when that works, else the first line of what went wrong."""
     try:
-        compiled = torch.compile(lambda x: (x * 2 + 1).sum(), fullgraph=True)
-        result = compiled(torch.ones(8, device=device))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler warns of itself
+            compiled = torch.compile(lambda x: (x * 2 + 1).sum(), fullgraph=True)
+            result = compiled(torch.ones(8, device=device))
         assert float(result) == 24.0
     except Exception as error:  # noqa: BLE001 (compilers fail in their own many ways; training goes on)
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"{type(error).__name__}: {lines[0] if lines else ''}"
+        cause = getattr(error, "inner_exception", error)  # torch wraps what its backend raises
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        return f"{type(cause).__name__}: {lines[0] if lines else ''}"
     return None
