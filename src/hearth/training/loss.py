@@ -20,6 +20,8 @@ from hearth.training.batches import Batch
 IGNORE = -100
 # Logits are made this many at a time: small enough for the CPU's cache, large enough for a GPU.
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+_PARTS_OF_A_CHUNK = 4
+_VOCAB_SLICE = 8192
 
 _heads: weakref.WeakKeyDictionary[nn.Module, tuple[nn.Module, nn.Linear] | None] = weakref.WeakKeyDictionary()
 
@@ -42,56 +44,72 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, compute: torch.dtype
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        num = hidden_ND.shape[0]
-        vocab = weight_VD.shape[0]
+        num, vocab = hidden_ND.shape[0], weight_VD.shape[0]
         exact = torch.float64 if compute == torch.float64 else torch.float32
         hidden, weight = hidden_ND.to(compute), weight_VD.to(compute)
-        chunk = chunk_rows(hidden.device, num, vocab)
+        part = chunk_rows(hidden.device, num, vocab)
+        # Many rows at once for the products, whose results are as large as the weight; few for the softmax,
+        # which goes over its rows several times and stays in the cache.
+        chunk = min(num, _PARTS_OF_A_CHUNK * part)
         logits_buffer = torch.empty(chunk, vocab, dtype=compute, device=hidden.device)
-        exact_buffer = logits_buffer if compute == exact else torch.empty_like(logits_buffer, dtype=exact)
+        exact_buffer = torch.empty(part, vocab if compute != exact else 0, dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=exact) if need_weight else None
-        partial = torch.empty_like(weight) if need_weight and compute != exact else None
         total = torch.zeros((), dtype=exact, device=hidden.device)
-        rows = torch.arange(chunk, device=hidden.device)
         for start in range(0, num, chunk):
-            stop = min(start + chunk, num)
-            h, y = hidden[start:stop], labels_N[start:stop]
-            logits, scores = logits_buffer[: stop - start], exact_buffer[: stop - start]
+            h, y = hidden[start : start + chunk], labels_N[start : start + chunk]
+            logits = logits_buffer[: len(h)]
             torch.mm(h, weight.T, out=logits)
-            if scores is not logits:
-                scores.copy_(logits)
-            picked = scores.gather(1, y[:, None])
-            largest = scores.amax(-1, keepdim=True)
-            scores.sub_(largest).exp_()
-            sums = scores.sum(-1, keepdim=True)
-            total += (sums.log() + largest - picked).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            scores.mul_(sums.reciprocal_())
-            scores[rows[: stop - start], y] -= 1.0
-            if scores is not logits:
-                logits.copy_(scores)
+            for first in range(0, len(h), part):
+                rows = slice(first, first + part)
+                total += _cross_entropies(
+                    logits[rows], y[rows], exact_buffer, grad=need_hidden or need_weight
+                )
             if grad_hidden is not None:
-                grad_hidden[start:stop] = logits @ weight
+                grad_hidden[start : start + chunk] = logits @ weight
             if grad_weight is not None:
-                if partial is None:
-                    grad_weight.addmm_(logits.T, h)
-                else:
-                    grad_weight += torch.mm(logits.T, h, out=partial)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+                _add_product(grad_weight, logits, h)
+        ctx.gradients = grad_hidden, grad_weight
         ctx.weight_dtype = weight_VD.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grads[0]
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * scale
-        if grad_weight is not None:
-            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        assert ctx.gradients is not None, "the gradients of this loss were taken already"
+        grad_hidden, grad_weight = ctx.gradients
+        # Scaled in place: a copy would be as large as the weight, at the peak of the step's memory.
+        ctx.gradients = None
+        for gradient in (grad_hidden, grad_weight):
+            if gradient is not None:
+                gradient.mul_(grads[0])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.weight_dtype), None, None
+
+
+def _cross_entropies(logits_PV: Tensor, labels_P: Tensor, buffer: Tensor, *, grad: bool) -> Tensor:
+    """Sum of the losses of P rows. With ``grad`` the logits become their own gradients."""
+    in_place = buffer.dtype == logits_PV.dtype
+    scores = logits_PV if in_place else buffer[: len(logits_PV)].copy_(logits_PV)
+    picked = scores.gather(1, labels_P[:, None])
+    largest = scores.amax(-1, keepdim=True)
+    scores.sub_(largest).exp_()
+    sums = scores.sum(-1, keepdim=True)
+    if grad:
+        scores.mul_(sums.reciprocal())
+        scores.scatter_add_(1, labels_P[:, None], torch.full_like(picked, -1.0))
+        if not in_place:
+            logits_PV.copy_(scores)
+    return (sums.log() + largest - picked).sum()
+
+
+def _add_product(grad_weight_VD: Tensor, logits_CV: Tensor, hidden_CD: Tensor) -> None:
+    """Add logitsᵀ · hidden in the type of the sum, in slices of the vocabulary: no second weight is held."""
+    if grad_weight_VD.dtype == logits_CV.dtype:
+        grad_weight_VD.addmm_(logits_CV.T, hidden_CD)
+        return
+    for grad_SD, logits_CS in zip(
+        grad_weight_VD.split(_VOCAB_SLICE), logits_CV.split(_VOCAB_SLICE, 1), strict=True
+    ):
+        grad_SD += logits_CS.T @ hidden_CD
 
 
 def linear_cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
