@@ -86,6 +86,33 @@ def test_an_adapter_is_merged(train_parts: MakeTrainer, workspace: Workspace, tm
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_reward_model_keeps_its_head(
+    train_parts: MakeTrainer, workspace: Workspace, tmp_path: Path, adapter: bool
+) -> None:
+    rows = [
+        {"prompt": f"say {word} {number}", "chosen": f"{word}.", "rejected": "no " * (1 + number % 3)}
+        for number in range(30)
+        for word in ("dog", "cat")
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = train_parts().fit().dir / "model"
+    model: dict[str, Any] = {"size": None, "base": str(base)}
+    run = train_parts(
+        model={**model, "adapter": {"rank": 4}} if adapter else model,
+        data={
+            "sources": [{"path": str(tmp_path / "pairs.jsonl"), "format": "preference"}],
+            "sequence_length": 63,
+        },
+        train={"objective": "reward", "steps": 4},
+        checkpoint={"every": 2},
+    ).fit()
+    export_checkpoint(run, tmp_path / "last", workspace=workspace)
+    assert files(tmp_path / "last") == files(run.dir / "model")
+    config = json.loads((tmp_path / "last" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForSequenceClassification"]
+
+
 @pytest.fixture
 def finished(train_parts: MakeTrainer) -> Run:
     return train_parts(**SECTIONS).fit()

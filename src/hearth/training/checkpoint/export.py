@@ -19,15 +19,19 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 
+from hearth.config import Recipe
 from hearth.errors import ConfigError, IntegrityError, NotFoundError
 from hearth.models import load_model, load_tokenizer, resolve_reference, save_model
 from hearth.models.loading import quiet_transformers
 from hearth.models.saving import replace_directory
 from hearth.training.checkpoint.store import CheckpointStore
 from hearth.training.identity import base_hash, shapes_hash, tokenizer_hash
+from hearth.training.objectives import make_objective
 from hearth.training.progress import TrainingProgress
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hearth.training.checkpoint.store import Checkpoint
     from hearth.workspace import Run, Workspace
 
@@ -95,8 +99,12 @@ def export_checkpoint(
         tokenizer = load_tokenizer(skeleton) if (skeleton / "tokenizer.json").is_file() else None
         _require(checkpoint, "tokenizer", tokenizer_hash(tokenizer), f"the tokenizer in {skeleton}")
         if (skeleton / _ADAPTER).is_file():
-            base = (found.recipe or {})["model"]["base"]
-            model = _merged(checkpoint, skeleton, resolve_reference(base, opened))
+            recipe = Recipe.model_validate(found.recipe)
+            base_dir = resolve_reference(str(recipe.model.base), opened)
+            _require(checkpoint, "base", base_hash(base_dir), f"the base model {base_dir}")
+            # Some objectives train another head than that of the base.
+            base = make_objective(recipe).adapt_model(load_model(base_dir, dtype=torch.float32))
+            model = _merged(checkpoint, skeleton, base)
         else:
             model = _plain(checkpoint, skeleton)
     has_defaults = (skeleton / "generation_config.json").is_file()
@@ -121,14 +129,12 @@ def _plain(checkpoint: Checkpoint, skeleton: Path) -> Any:
     return model
 
 
-def _merged(checkpoint: Checkpoint, skeleton: Path, base_dir: Path) -> nn.Module:
+def _merged(checkpoint: Checkpoint, skeleton: Path, base: PreTrainedModel) -> nn.Module:
     """The base with the adapter of a checkpoint merged into its full-precision weights."""
     from peft import LoraConfig, get_peft_model
 
     from hearth.training.adapter import merge_adapter
 
-    _require(checkpoint, "base", base_hash(base_dir), f"the base model {base_dir}")
-    base = load_model(base_dir, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a deprecated name
         model = get_peft_model(base, LoraConfig.from_pretrained(str(skeleton)))
