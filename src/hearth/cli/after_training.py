@@ -5,6 +5,7 @@ Evaluation lies above training in the layers, so `hearth train` does this and ``
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,9 @@ def after_training(run: Run, recipe: Recipe, workspace: Workspace, *, quiet: boo
     """
     facts: dict[str, Any] = {}
     version = run.summary.get("version")
+    if not _writes_text(Path(run.summary["model_dir"])):
+        note("the model scores answers and writes none: no bits per byte, no parity gate, no aliases")
+        return facts
     if recipe.evaluate.bits_per_byte:
         report = _evaluate(version or run.summary["model_dir"], run, workspace, quiet=quiet)
         if report is not None:
@@ -42,12 +46,22 @@ def after_training(run: Run, recipe: Recipe, workspace: Workspace, *, quiet: boo
     return facts
 
 
+def _writes_text(model_dir: Path) -> bool:
+    """Whether it is a causal language model, and no reward model."""
+    architectures = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["architectures"]
+    return not any(str(name).endswith("ForSequenceClassification") for name in architectures)
+
+
 def _evaluate(model: str, run: Run, workspace: Workspace, *, quiet: bool) -> dict[str, Any] | None:
     from hearth.data import Dataset
+    from hearth.data.manifest import SAMPLE_PARTS
     from hearth.evaluation import evaluate_model
 
     directory = Path(run.summary["dataset_dir"])
-    if Dataset.open(directory).split("validation").num_documents == 0:
+    dataset = Dataset.open(directory)
+    if dataset.manifest.kind in SAMPLE_PARTS:
+        return None  # a comparison is no text: the objective's own figures are in the run
+    if dataset.split("validation").num_documents == 0:
         note("nothing was held out (data.validation_fraction is 0), so there is nothing to evaluate on")
         return None
     with _progress("scoring", "tokens", quiet=quiet) as advance:

@@ -45,7 +45,7 @@ _KEY_NAMES = {
     "dataset": "the dataset",
     "tokenizer": "the tokenizer or its chat template",
     "precision": "train.precision",
-    "sequence_length": "data.sequence_length",
+    "sequence_length": "data.sequence_length or data.truncate",
     "order": "train.batch_size or train.seed",
 }
 
@@ -93,12 +93,19 @@ class Reference:
         known = batch.extras.get(REFERENCE)
         if known is not None:
             return known
+        with self.scoring(model) as reference:
+            return sequence_logprobs(reference, batch)[0]
+
+    @contextlib.contextmanager
+    def scoring(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The reference model, without gradients: the frozen copy, or ``model`` with its adapter off."""
         if self._frozen is not None:
             with evaluating(self._frozen):
-                return sequence_logprobs(self._frozen, batch)[0]
+                yield self._frozen
+            return
         adapted: Any = model
         with evaluating(model), adapted.disable_adapter():
-            return sequence_logprobs(model, batch)[0]
+            yield model
 
 
 class PrecomputedReference(Reference):
@@ -140,9 +147,14 @@ def make_reference(trainer: Trainer, tables: Sequence[Table], run_dir: Path | No
             )
         return Reference()
     if mode == "model":
-        frozen = copy.deepcopy(trainer.model)
-        return Reference(frozen.requires_grad_(False).eval())
+        return frozen_reference(trainer)
     return precompute(trainer, tables, run_dir)
+
+
+def frozen_reference(trainer: Trainer) -> Reference:
+    """A copy of the model as it is now."""
+    frozen = copy.deepcopy(trainer.model)
+    return Reference(frozen.requires_grad_(False).eval())
 
 
 def precompute(trainer: Trainer, tables: Sequence[Table], run_dir: Path | None) -> PrecomputedReference:
@@ -221,7 +233,7 @@ def reference_key(trainer: Trainer) -> dict[str, str]:
         "dataset": _rows_hash(trainer),
         "tokenizer": whole.hexdigest(),
         "precision": trainer.precision,
-        "sequence_length": str(config.data.sequence_length),
+        "sequence_length": json.dumps([config.data.sequence_length, config.data.truncate]),
         "order": json.dumps([config.train.batch_size, config.train.seed]),
     }
 
@@ -240,7 +252,7 @@ def _rows_hash(trainer: Trainer) -> str:
     """The fingerprint of a prepared dataset; of samples in memory a hash of every token and mask."""
     digest = hashlib.sha256(trainer.dataset_fingerprint.encode())
     for rows in (trainer.rows, trainer.eval_rows):
-        if rows is None or hasattr(rows, "split"):
+        if rows is None or getattr(rows, "split", None) is not None:
             continue
         for index in range(len(rows)):
             for tokens, mask in rows[index].parts:

@@ -227,3 +227,18 @@ def test_log_odds_stay_finite_with_finite_gradients_at_both_ends() -> None:
     assert torch.isfinite(odds).all()
     assert torch.isfinite(ends.grad).all()
     assert odds[2].item() == pytest.approx(np.log(np.exp(-0.5) / (1 - np.exp(-0.5))), rel=1e-5)
+
+
+def test_pairs_given_to_kto_are_twice_as_many_answers(
+    trainer_of: MakeTrainer, samples: Callable[..., list[Sample]], golden: ModuleType
+) -> None:
+    pairs = samples(4)
+    answers = [Sample((part,), 1.0 - side) for pair in pairs for side, part in enumerate(pair.parts)]
+    found = []
+    for rows in (pairs, answers):
+        sizes = {"batch_size": 8, "micro_batch_size": 4}
+        trainer = prepared(trainer_of, golden, "kto", rows, train=sizes, preference={"reference": "model"})
+        assert len(trainer.rows) == 8
+        found.append(step_of(trainer, trainer.step_rows(0)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(*both) for both in zip(found[0][1], found[1][1], strict=True))

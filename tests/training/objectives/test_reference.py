@@ -264,6 +264,19 @@ def test_measuring_a_step_computes_little_and_leaves_the_start_to_the_run(
     trainer.train_step(9)
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_an_automatic_micro_batch_has_its_reference_first(
+    objective: str, trainer_of: MakeTrainer, samples: MakeSamples
+) -> None:
+    rows = samples(12, num_parts=1 if objective == "kto" else 2)
+    train = {"batch_size": 6, "micro_batch_size": "auto"}
+    trainer = trainer_of(objective, rows, train=train, eval_dataset=rows[:5])
+    assert trainer.micro_batch_size in (1, 2, 3, 6)
+    by_hand = trainer_of(objective, rows, train={**train, "micro_batch_size": 2}, eval_dataset=rows[:5])
+    assert trainer.train_step(0).loss == pytest.approx(by_hand.train_step(0).loss, rel=1e-9)
+    assert trainer.evaluate() == pytest.approx(by_hand.evaluate(), rel=1e-6, abs=1e-9)
+
+
 def test_rows_outside_the_run_have_no_precomputed_reference(
     trainer_of: MakeTrainer, samples: MakeSamples
 ) -> None:

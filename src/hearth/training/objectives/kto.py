@@ -22,7 +22,12 @@ from hearth.errors import ConfigError
 from hearth.training.batches import Batch, Rows
 from hearth.training.logprobs import sequence_logprobs
 from hearth.training.objectives.base import TOKENS, Losses
-from hearth.training.objectives.preference import PreferenceObjective, evaluation_rows, good_sequences
+from hearth.training.objectives.preference import (
+    PreferenceObjective,
+    evaluation_rows,
+    good_sequences,
+    reference_batch_size,
+)
 from hearth.training.precision import autocast
 from hearth.training.reference import Table, evaluating
 from hearth.training.samples import Sample, collate_samples
@@ -51,6 +56,21 @@ def mismatched(prompt: Sample, answer: Sample, longest: int) -> Sample:
     return Sample(((tokens, mask),))
 
 
+class Unpaired:
+    """Pairs as twice as many single answers: the chosen ones are good, the rejected ones bad."""
+
+    def __init__(self, pairs: Rows) -> None:
+        self._pairs = pairs
+        self.split = getattr(pairs, "split", None)
+
+    def __len__(self) -> int:
+        return 2 * len(self._pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        number, side = divmod(index, 2)
+        return Sample((self._pairs[number].parts[side],), label=1.0 - side)
+
+
 class KTO(PreferenceObjective):
     """Makes good answers likelier and bad ones less likely than the reference does."""
 
@@ -68,6 +88,15 @@ class KTO(PreferenceObjective):
                 "train.batch_size is 1, but kto compares each prompt with the answers of others in its step",
                 fix="use a batch_size of 2 or more",
             )
+
+    def rows(self, dataset: Any, split: str) -> Rows | None:
+        """Answers with a verdict; each pair of a dataset of comparisons is two of them."""
+        part = dataset.split(split) if callable(getattr(dataset, "split", None)) else dataset
+        paired = getattr(part, "kind", None) == "preference"
+        found = self.samples_of_kind(part, split, "preference" if paired else self.kind)
+        if found is not None and len(found) and len(found[0].parts) == 2:
+            return Unpaired(found)
+        return found
 
     # ── the baseline ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -102,7 +131,7 @@ class KTO(PreferenceObjective):
             pair = (indices[position], indices[position - 1])
             for index in pair:
                 self.check_sample(rows[index], rows, index)
-            samples.append(mismatched(rows[pair[0]], rows[pair[1]], self.config.data.sequence_length))
+            samples.append(mismatched(rows[pair[0]], rows[pair[1]], self.max_length))
         return collate_samples(samples, positions)
 
     def _baseline(
@@ -174,7 +203,7 @@ def _with_baseline(batch: Batch, baseline: Tensor) -> Batch:
 
 def _groups(trainer: Trainer, num: int, per_step: int) -> Iterator[range]:
     """Positions 0 to ``num``, in micro-batches that do not reach over a step."""
-    size = trainer.micro_batch_size
+    size = reference_batch_size(trainer)
     for first in range(0, num, max(1, per_step)):
         for start in range(first, first + per_step, size):
             yield range(start, min(start + size, first + per_step))

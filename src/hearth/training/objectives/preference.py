@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from hearth.training.trainer import Trainer
 
 PAIRS = "pairs"
+_PAIRS_LOOKED_AT = 64
+_ROWS_BEFORE_AUTO = 8  # without gradients they take little memory
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,26 @@ class PreferenceObjective(Objective):
             )
 
     def rows(self, dataset: Any, split: str) -> Rows | None:
-        """The samples of a split."""
-        return sample_rows(dataset, split, kind=self.kind, max_length=self.config.data.sequence_length)
+        """The samples of a split. Raises DataError where the answers of the first pairs are all the same."""
+        found = self.samples_of_kind(dataset, split, self.kind)
+        if found is not None and len(found) and self.num_parts == 2:
+            first = min(len(found), _PAIRS_LOOKED_AT)
+            if all(is_tie(found[index]) for index in range(first)):
+                raise DataError(
+                    f"the chosen and the rejected answer are the same in all of the first {first} pairs",
+                    fix="look at chosen_field and rejected_field of data.sources",
+                )
+        return found
+
+    def samples_of_kind(self, dataset: Any, split: str, kind: str) -> Rows | None:
+        """The samples of a split that holds this kind."""
+        truncate = self.config.data.truncate
+        return sample_rows(dataset, split, kind=kind, max_length=self.max_length, truncate=truncate)
+
+    @property
+    def max_length(self) -> int:
+        """Positions of the longest sequence; it has one token more, which is only predicted."""
+        return self.config.data.sequence_length
 
     def start(self, trainer: Trainer, run_dir: Path | None) -> None:
         """Freeze the reference: the weights as they are now."""
@@ -115,7 +135,7 @@ class PreferenceObjective(Objective):
 
     def check_sample(self, sample: Sample, rows: Rows, index: int) -> None:
         """Raise DataError for a sample that no loss can be computed from."""
-        where, longest = describe_row(rows, index), self.config.data.sequence_length
+        where, longest = describe_row(rows, index), self.max_length
         if len(sample.parts) != self.num_parts:
             raise DataError(
                 f"{where} has {len(sample.parts)} sequences, {self.name} needs {self.num_parts}",
@@ -125,7 +145,7 @@ class PreferenceObjective(Objective):
             what = f"the {side} answer of {where}" if self.num_parts == 2 else f"the answer of {where}"
             if len(tokens) > longest + 1:
                 raise DataError(
-                    f"{what} has {len(tokens)} tokens with its prompt, rows hold {longest}",
+                    f"{what} has {len(tokens)} tokens with its prompt; {longest + 1} fit",
                     fix="raise data.sequence_length, or leave the sample out",
                 )
             if not np.asarray(mask)[1:].any():
@@ -208,15 +228,27 @@ def pair_metrics(rewards_P2: Tensor) -> dict[str, tuple[Tensor | float, float]]:
     }
 
 
+def is_tie(sample: Sample) -> bool:
+    """Whether both sequences of a pair are the same: such a pair changes no weight."""
+    return len(sample.parts) == 2 and np.array_equal(sample.parts[0][0], sample.parts[1][0])
+
+
 def good_sequences(batch: Batch) -> Tensor:
     """Which sequences are good answers: the chosen side of a pair, or an answer with a good verdict."""
     assert batch.sequences is not None
     return (batch.sequences.sides_S == 0) & (batch.sequences.labels_S > 0.5)
 
 
+def reference_batch_size(trainer: Trainer) -> int:
+    """Rows in a pass of the reference: those of a micro-batch, unless its size is found by training steps."""
+    section = trainer.config.train
+    size = section.micro_batch_size
+    return min(_ROWS_BEFORE_AUTO, section.batch_size) if size == "auto" else size
+
+
 def training_groups(trainer: Trainer) -> Iterator[list[int]]:
     """The rows of every micro-batch of the run, step by step."""
-    size = trainer.micro_batch_size
+    size = reference_batch_size(trainer)
     for step in range(trainer.total_steps):
         rows = trainer.step_rows(step)
         yield from (rows[first : first + size] for first in range(0, len(rows), size))
@@ -232,5 +264,5 @@ def evaluation_rows(trainer: Trainer) -> list[int]:
 
 def evaluation_groups(trainer: Trainer) -> Iterator[list[int]]:
     """The rows of every micro-batch of an evaluation."""
-    rows, size = evaluation_rows(trainer), trainer.micro_batch_size
+    rows, size = evaluation_rows(trainer), reference_batch_size(trainer)
     yield from (rows[first : first + size] for first in range(0, len(rows), size))

@@ -76,7 +76,7 @@ class RewardModel(PreferenceObjective):
         return with_reward_head(model, seed=self.config.train.seed)
 
     def start(self, trainer: Trainer, run_dir: Path | None) -> None:
-        """Refuse a model without a scalar head, or without room for the last token."""
+        """Refuse a model without a scalar head."""
         super().start(trainer, run_dir)
         model = unwrap(trainer.model)
         if not has_reward_head(model):
@@ -85,14 +85,11 @@ class RewardModel(PreferenceObjective):
                 fix="give AutoModelForSequenceClassification with num_labels=1",
             )
         self._pad_id = model.config.get_text_config().pad_token_id
-        config, length = model.config.get_text_config(), self.config.data.sequence_length
-        context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        if context is not None and length + 1 > context:
-            raise ConfigError(
-                f"data.sequence_length is {length}, the model's context {context}: a reward model reads "
-                f"one token more than others, the last",
-                fix=f"use at most {context - 1}",
-            )
+
+    @property
+    def max_length(self) -> int:
+        """The last token is read, too, so it has to have a position."""
+        return self.config.data.sequence_length - 1
 
     _pad_id: int | None = None
 
