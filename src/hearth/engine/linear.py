@@ -45,6 +45,8 @@ class PackedLinear(nn.Module):
 
     name: the layer's qualified name in the model.
     native: the weight as the compiled kernels take it; None if another product is in use.
+    tied_to: the name of the parameter that its weight is too, in a model whose weights are tied; else empty.
+    transposed: whether the model itself holds its weight as [K, N].
     delta: called as ``delta(x [..., K], out [..., N])`` after the product, to add to ``out`` in place.
     """
 
@@ -56,15 +58,23 @@ class PackedLinear(nn.Module):
         weights: str = "auto",
         use_native: bool = True,
         name: str = "",
+        tied_to: str = "",
+        transposed: bool = False,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight_NK.shape
         # On the meta device: asking for dtype or shape works, computing with it fails loudly.
         self.weight = torch.empty_like(weight_NK, device="meta")
-        self.bias = None if bias_N is None else bias_N.detach()
-        self.name = name
+        self.name, self.tied_to, self.transposed = name, tied_to, transposed
+        self.device = weight_NK.device
         self.delta: Delta | None = None
-        self.product = _choose_product(weight_NK.detach(), self.bias, weights, use_native)
+        self._weights, self._use_native = weights, use_native
+        self.repack(weight_NK, bias_N)
+
+    def repack(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
+        """Take other values, as tensors of the layer's own type and device."""
+        self.bias = None if bias_N is None else bias_N.detach()
+        self.product = _choose_product(weight_NK.detach(), self.bias, self._weights, self._use_native)
         self.native = self.product if isinstance(self.product, NativeWeight) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -187,14 +197,26 @@ def pack_linears(model: nn.Module, *, weights: str = "auto", use_native: bool = 
         for name, child in module.named_children()
         if type(child) in (nn.Linear, Conv1D) and not getattr(child, KEEP, False)
     ]
+    names = _names_elsewhere(model, {path for _, _, path, _ in places})
     files = MappedFiles()
     for module, name, path, is_head in places:
         kind = "int8" if is_head and weights == "int4" else weights
         original = getattr(module, name)
-        setattr(module, name, _pack(original, weights=kind, use_native=use_native, name=path))
+        tied_to = names.get(id(original.weight), "")
+        packed = _pack(original, weights=kind, use_native=use_native, name=path, tied_to=tied_to)
+        setattr(module, name, packed)
         files.release(original.weight)
         del original
     return len(places)
+
+
+def _names_elsewhere(model: nn.Module, packed: set[str]) -> dict[int, str]:
+    """The names of parameters that stay, by identity: a weight tied to one of them has its name."""
+    return {
+        id(parameter): name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name.rpartition(".")[0] not in packed
+    }
 
 
 def _head(model: nn.Module) -> object:
@@ -202,8 +224,18 @@ def _head(model: nn.Module) -> object:
     return None if find is None else find()
 
 
-def _pack(layer: nn.Linear | Conv1D, *, weights: str, use_native: bool, name: str) -> PackedLinear:
+def _pack(
+    layer: nn.Linear | Conv1D, *, weights: str, use_native: bool, name: str, tied_to: str
+) -> PackedLinear:
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, torch.Tensor)
-    weight_NK = weight.t() if type(layer) is Conv1D else weight
-    return PackedLinear(weight_NK, bias, weights=weights, use_native=use_native, name=name)
+    transposed = type(layer) is Conv1D
+    return PackedLinear(
+        weight.t() if transposed else weight,
+        bias,
+        weights=weights,
+        use_native=use_native,
+        name=name,
+        tied_to=tied_to,
+        transposed=transposed,
+    )

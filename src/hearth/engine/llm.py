@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,7 @@ from hearth.engine.request import Request
 from hearth.engine.sampler import SamplingState
 from hearth.engine.sequences import Sequence
 from hearth.engine.timeline import Timeline
+from hearth.engine.update import update
 from hearth.errors import ConfigError, EngineError, RequestError
 from hearth.models import encode_text
 
@@ -225,6 +226,44 @@ class Engine:
 
     def _collect_adapters(self) -> None:
         self.adapters.collect(request.adapter_hash for request in self.scheduler.requests)
+
+    # -- weights -----------------------------------------------------------------------------------------
+    def update_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Go on with other weights of the same model, such as those of the next training step.
+
+        weights: tensors by the names of the model's ``named_parameters()``; what is not named stays. Packed
+        and quantised layers are packed anew, and cached prefixes are forgotten. Adapters and a draft model
+        stay. Raises, before anything changes, `EngineError` while requests run, `ConfigError` with tensor
+        parallelism, `ModelError` for weights that are not the model's.
+        """
+        self._require_idle("go on with other weights")
+        if self.config.tensor_parallel > 1:
+            raise ConfigError(
+                "the weights of an engine with tensor_parallel cannot be replaced: other processes hold them",
+                fix="use tensor_parallel 1, or load the new weights from a directory",
+            )
+        update(self.runner, weights, self.max_model_len, self.config.max_num_seqs)
+        self.pool.reset_cache()
+
+    def release_cache(self) -> None:
+        """Give the memory of the KV cache back until it is needed again. On a GPU nothing happens: captured
+        steps hold its address. Raises `EngineError` while requests run.
+        """
+        self._require_idle("lose their keys and values")
+        if self.runner.device.type != "cpu":
+            return
+        self.pool.reset_cache()
+        for layer in self.runner.layers:
+            layer.renew()
+        if self.runner.stack is not None:
+            self.runner.stack.read_weights()
+
+    def _require_idle(self, otherwise: str) -> None:
+        if self._sequences:
+            raise EngineError(
+                f"{len(self._sequences)} requests run, which would {otherwise}",
+                fix="finish or abort them first",
+            )
 
     def abort(self, request_id: str) -> list[RequestOutput]:
         """End a request and free its blocks; unknown ids are ignored. Returns the final outputs."""

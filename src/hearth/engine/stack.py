@@ -65,20 +65,24 @@ class DecoderStack:
         self.base, self.step, self.kv = base, kv[0].step, list(kv)
         config: Any = base.config
         self.config = config
-        self._alive: list[torch.Tensor] = []  # what the pointers point to
-        modules = _decoder_layers(base)
-        if len(modules) != len(kv):
-            raise Unsuited(f"{len(modules)} layers call attention {len(kv)} times")
         self.hidden_size: int = self.config.hidden_size
-        tables = _RotaryTables(base, max_model_len)
-        self.layers = (DecoderLayer * len(kv))(
-            *(self._read_layer(module, each, tables) for module, each in zip(modules, kv, strict=True))
-        )
-        self.final_norm = self._norm(_child(base, "norm"), self.hidden_size)
+        self._tables = _RotaryTables(base, max_model_len)
+        self.read_weights()
         self.embed: nn.Module = _child(base, "embed_tokens")
         self._workspace = torch.zeros(0, dtype=torch.uint8)
         self._modules_forward = base.forward
         base.forward = self.forward
+
+    def read_weights(self) -> None:
+        """Point at what the modules of the base model hold now; raises `Unsuited`."""
+        self._alive: list[torch.Tensor] = []  # what the pointers point to
+        modules, kv = _decoder_layers(self.base), self.kv
+        if len(modules) != len(kv):
+            raise Unsuited(f"{len(modules)} layers call attention {len(kv)} times")
+        self.layers = (DecoderLayer * len(kv))(
+            *(self._read_layer(module, each, self._tables) for module, each in zip(modules, kv, strict=True))
+        )
+        self.final_norm = self._norm(_child(self.base, "norm"), self.hidden_size)
 
     def remove(self) -> None:
         """Give the base model its own ``forward`` back."""

@@ -131,8 +131,9 @@ def identity_of(trainer: Trainer) -> Identity:
 
 
 def shapes_hash(model: Any) -> str:
-    """SHA-256 of the names and shapes of all weights."""
-    shapes = {name: list(weight.shape) for name, weight in model.named_parameters()}
+    """SHA-256 of the names and shapes of all weights, but for those that no model directory has."""
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    shapes = {name: list(weight.shape) for name, weight in model.named_parameters() if name not in ignored}
     return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
 
 

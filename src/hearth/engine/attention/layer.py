@@ -123,8 +123,15 @@ class LayerKV:
             )
         self.spec, self.step, self.path = spec, step, path
         self.num_blocks = num_blocks
-        self.pool = _make_pool(spec, step, num_blocks, dtype, path=path, kv_dtype=kv_dtype)
-        self._attend: Attend = _make_attend(path)(spec, self.pool, step.block_size)
+        self._dtype, self._kv_dtype = dtype, kv_dtype
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget all keys and values. On a CPU the new blocks take no memory until they are written."""
+        self.pool = _make_pool(
+            self.spec, self.step, self.num_blocks, self._dtype, path=self.path, kv_dtype=self._kv_dtype
+        )
+        self._attend: Attend = _make_attend(self.path)(self.spec, self.pool, self.step.block_size)
 
     @property
     def attention_name(self) -> str:

@@ -24,6 +24,8 @@ OBJECTIVES = {
     "orpo": "hearth.training.objectives.orpo:ORPO",
     "simpo": "hearth.training.objectives.simpo:SimPO",
     "reward": "hearth.training.objectives.reward:RewardModel",
+    "grpo": "hearth.training.objectives.grpo:GRPO",
+    "ppo": "hearth.training.objectives.ppo:PPO",
 }
 
 
