@@ -35,6 +35,7 @@ class Observers:
         self._trainer, self._run, self._warn = trainer, run, warn
         track = trainer.config.track
         self.callbacks = CallbackRunner([*trainer.callbacks, *own_callbacks(trainer)])
+        self._callbacks_ended = False
         facts = run_facts(
             run,
             trainer.config,
@@ -59,6 +60,9 @@ class Observers:
 
     def end_callbacks(self, status: EndStatus) -> None:
         """Call ``on_end``. Raises CallbackError where the run would otherwise have finished."""
+        if self._callbacks_ended:  # one raised there, and the run fails for it
+            return
+        self._callbacks_ended = True
         before = self.callbacks.error
         self.callbacks.end(self._trainer, self._run, status)
         if status == "finished":

@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from hearth.config import Recipe, to_dict
 from hearth.config.sweep import SweepSection, sweep_identity
 from hearth.errors import ConfigError, StorageError
@@ -75,7 +77,7 @@ class Sweep:
                 sampler=self._sampler(0),
                 pruner=self._pruner(),
             )
-        except (self._optuna.exceptions.OptunaError, OSError) as error:
+        except (self._optuna.exceptions.OptunaError, SQLAlchemyError, OSError) as error:
             raise StorageError(f"the study in {folder} cannot be opened: {error}") from error
 
     @classmethod

@@ -113,9 +113,9 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def numbers(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a summary."""
+    """The numbers of a summary, those of nested mappings by dotted names."""
     return {
         key: float(value)
-        for key, value in summary.items()
+        for key, value in flatten(summary).items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }

@@ -47,10 +47,10 @@ class Tracking:
         *,
         warn: Callable[[str], None],
         capacity: int = CAPACITY,
-        finish_seconds: float = FINISH_SECONDS,
+        finish_seconds: float | None = None,
     ) -> None:
         self._run = run
-        self._finish_seconds = finish_seconds
+        self._finish_seconds = FINISH_SECONDS if finish_seconds is None else finish_seconds
         self._channels = [Channel(tracker, facts, warn=warn, capacity=capacity) for tracker in trackers]
 
     def log_metrics(self, values: Mapping[str, float], *, step: int) -> None:
