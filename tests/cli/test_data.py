@@ -85,6 +85,69 @@ def test_masks_bracket_what_counts(project: Path) -> None:
     assert "counted in the loss" in stats.stdout
 
 
+def test_inspect_shows_both_parts_of_a_comparison(project: Path) -> None:
+    rows = [
+        {"prompt": f"What is {n}?", "chosen": f"A number, {n}.", "rejected": "No idea."} for n in range(20)
+    ]
+    (project / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (project / "pairs.yaml").write_text(
+        "data:\n  sources: [{path: pairs.jsonl}]\n  sequence_length: 64\ntokenizer: {vocab_size: 300}\n"
+    )
+    shown = hearth("data", "inspect", "pairs.yaml", "--id", "pairs.jsonl:4", "--masks", cwd=project)
+    assert shown.returncode == 0, shown.stderr
+    assert "<|im_start|>assistant\n[A number, 3.<|im_end|>]\n" in shown.stdout
+    assert "<|im_start|>assistant\n[No idea.<|im_end|>]\n" in shown.stdout
+    assert "chosen: preference" in shown.stderr
+    assert "rejected: preference" in shown.stderr
+    row = hearth("data", "inspect", "pairs.yaml", "--row", "2", "--json", cwd=project)
+    found = json.loads(row.stdout)
+    assert (found["kind"], found["row"], found["cut_tokens"]) == ("preference", 2, 0)
+    assert [piece["name"] for piece in found["pieces"]] == ["chosen", "rejected"]
+    for piece in found["pieces"]:
+        counted = "".join(token["text"] for token in piece["tokens"] if token["counted"])
+        assert counted.endswith("<|im_end|>")
+        assert piece["num_counted"] == sum(token["counted"] for token in piece["tokens"]) > 1
+    stats = hearth("data", "stats", found["dataset"], "--json", cwd=project)
+    assert json.loads(stats.stdout)["lengths"]["train"]["rows"] > 10
+    cut = hearth("data", "inspect", "pairs.yaml", "data.sequence_length=3", "--row", "0", cwd=project)
+    assert cut.returncode == 2
+    assert "fits into 3 tokens" in cut.stderr
+
+
+def test_inspect_shows_rows_as_training_reads_them(project: Path) -> None:
+    recipe = ("inspect", "recipe.yaml", "data.fim.rate=1", "data.sequence_length=128", "--row", "1")
+    rows = [
+        json.loads(hearth("data", *recipe, "--json", "--epoch", epoch, cwd=project).stdout)
+        for epoch in ("0", "1", "0")
+    ]
+    assert rows[0] == rows[2] != rows[1]
+    assert rows[0]["tokens"] + rows[0]["padding"] == 128
+    texts = ["".join(token["text"] for token in piece["tokens"]) for piece in rows[0]["pieces"]]
+    assert all("<|fim_prefix|>" in text and "<|fim_middle|>" in text for text in texts)
+    assert not rows[0]["pieces"][0]["tokens"][0]["counted"]
+
+
+def test_masks_are_coloured_in_a_terminal(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from hearth.cli.data_inspect import Piece, _legend, _shaded
+    from hearth.data import train_bpe
+
+    tokenizer = train_bpe(["the quick fox"], 300)
+    tokens = tokenizer.encode_texts(["fox 🙂\n"])[0]
+    piece = Piece("document", "", [*tokens, tokenizer.eos_id], [False] * 2 + [True] * (len(tokens) - 1))
+    console = Console(force_terminal=True, color_system="standard", width=200)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with console.capture() as captured:
+        console.print(_legend(), _shaded(tokenizer, piece))
+    shown = captured.get()
+    assert "\x1b[30;42m" in shown  # counts
+    assert "🙂" in shown
+    assert "\N{REPLACEMENT CHARACTER}" not in shown
+    assert "↵" in shown
+    assert "counts in the loss" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -95,6 +158,9 @@ def test_masks_bracket_what_counts(project: Path) -> None:
         (("stats", "nothing"), "no dataset nothing"),
         (("stats", "texts"), "manifest.json is missing"),
         (("inspect", "nothing", "--doc", "1", "--row", "1"), "one of --doc, --id and --row"),
+        (("inspect", "nothing.yaml"), "nothing.yaml"),
+        (("inspect", "nothing", "data.seed=1"), "overridden in recipes only"),
+        (("inspect", "recipe.yaml", "--row", "9999"), "no row 9999"),
     ],
 )
 def test_wrong_input_exits_2_with_a_message(

@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hearth.cli.data_inspect import inspect
 from hearth.cli.output import error_console, note, print_json, print_table
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from hearth.config import Recipe
-    from hearth.data import Dataset, PackedRows, TokenSplit
+    from hearth.data import Dataset, TokenSplit
     from hearth.workspace import Workspace
 
 
 @click.group()
 def data() -> None:
     """Prepare datasets from recipes, and look into them."""
+
+
+data.add_command(inspect)
 
 
 @data.command()
@@ -48,7 +50,7 @@ def prepare(
         )
     loaded = load_recipe(recipe, overrides).recipe
     with Workspace.open() as workspace, RichProgress(error_console()) as progress:
-        options: dict[str, Any] = {"progress": progress, "tokenizer_dir": _tokenizer(loaded, workspace)}
+        options: dict[str, Any] = {"progress": progress, "tokenizer_dir": tokenizer_of(loaded, workspace)}
         folder = workspace.root / "datasets"
         if out is not None or name is not None:
             dataset = prepare_dataset(loaded, out or folder / str(name), **options)
@@ -63,7 +65,7 @@ def prepare(
     _print_summary(dataset)
 
 
-def _tokenizer(recipe: Recipe, workspace: Workspace) -> Path | None:
+def tokenizer_of(recipe: Recipe, workspace: Workspace) -> Path | None:
     """The directory of ``tokenizer.base`` or ``model.base``; None when neither is given."""
     base = recipe.tokenizer.base or recipe.model.base
     if base is None or recipe.data.dataset is not None:
@@ -104,6 +106,15 @@ def _warn(dataset: Dataset) -> None:
             f"the tokenizer does not keep the text as it is: {tokenizer.round_trips_lossy} of "
             f"{tokenizer.round_trips_checked} checked documents decode to something else"
         )
+    copy = dataset.manifest.inputs.get("tokenizer", {}).get("training_copy")
+    if copy is not None:
+        note(f"the chat template marks no answers: masks were made by the training copy {copy}")
+    num_empty = (dataset.manifest.audit or {}).get("num_empty_thoughts", 0)
+    if num_empty:
+        note(
+            f"{num_empty} answers are supervised from an empty thought on "
+            "that the chat template adds: the model learns not to think; move {% generation %} behind it"
+        )
     if dataset.manifest.split_fallback:
         note("few documents: the validation split is a single group, larger than data.validation_fraction")
 
@@ -129,11 +140,12 @@ def _print_summary(dataset: Dataset) -> None:
     manifest = dataset.manifest
     click.echo(f"dataset      {dataset.path}")
     click.echo(f"fingerprint  {dataset.fingerprint[:16]}")
+    click.echo(f"kind         {manifest.kind}")
     trained = "trained here" if manifest.tokenizer.trained else "given"
     click.echo(f"tokenizer    {manifest.tokenizer.vocab_size:,} tokens, {trained}")
     click.echo()
     columns = ["split", "documents", "tokens", "bytes", "bytes/token"]
-    chat = manifest.kind == "chat"
+    chat = manifest.kind not in ("text", "prompts")
     rows = []
     for name, split in manifest.splits.items():
         row = [name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}"]
@@ -170,7 +182,7 @@ def _removed(removed: dict[str, Any], bad: dict[str, int]) -> str:
 @click.option("--sequence-length", type=click.IntRange(min=1), default=512, show_default=True)
 def stats(dataset: str, as_json: bool, verify: bool, sequence_length: int) -> None:
     """Counts of DATASET (a directory, or a name in the workspace): splits, sources, filters, lengths."""
-    opened = _open(dataset)
+    opened = open_dataset(dataset)
     if verify:
         opened.verify()
         note("every file has the hash that the manifest records")
@@ -208,131 +220,25 @@ def _lengths(split: TokenSplit, sequence_length: int) -> dict[str, Any]:
     import numpy as np
 
     from hearth.data import PackedRows
+    from hearth.data.manifest import SAMPLE_PARTS
 
-    rows = PackedRows(split, sequence_length)
-    lengths = split.lengths if len(split.lengths) else np.zeros(1, dtype=np.int64)
-    return {
+    # Of a sample, what counts is its longest part: samples are read one by one.
+    lengths = split.part_lengths.max(axis=1, initial=0) if len(split) else np.zeros(1, dtype=np.int64)
+    stated = {
         "min": int(lengths.min()),
         "median": int(np.median(lengths)),
         "p95": int(np.percentile(lengths, 95)),
         "max": int(lengths.max()),
         "sequence_length": sequence_length,
-        "rows": len(rows),
-        "padding": rows.plan.padding,
-        "dropped": rows.plan.num_dropped,
     }
+    if split.kind in SAMPLE_PARTS:
+        num_long = int((lengths > sequence_length + 1).sum())
+        return {**stated, "rows": len(split) - num_long, "padding": 0.0, "dropped": num_long}
+    plan = PackedRows(split, sequence_length).plan
+    return {**stated, "rows": plan.num_rows, "padding": plan.padding, "dropped": plan.num_dropped}
 
 
-@data.command()
-@click.argument("dataset")
-@click.option("--split", "split_name", default="train", show_default=True, help="train or validation.")
-@click.option("--doc", "document", type=int, help="Number of the document. Default: the first.")
-@click.option("--id", "document_id", help="Id of the document, instead of its number.")
-@click.option("--row", type=int, help="Number of a packed row, instead of a document.")
-@click.option("--masks", is_flag=True, help="Show the tokens, coloured by whether they count in the loss.")
-@click.option("--sequence-length", type=click.IntRange(min=1), default=512, show_default=True)
-def inspect(
-    dataset: str,
-    split_name: str,
-    document: int | None,
-    document_id: str | None,
-    row: int | None,
-    masks: bool,
-    sequence_length: int,
-) -> None:
-    """Print a document or a packed row of DATASET, with where it came from.
-
-    With --masks: green tokens are targets of the loss, dim ones are only read; brackets mark them where there
-    is no colour.
-    """
-    from hearth.data import PackedRows
-    from hearth.errors import ConfigError
-
-    if sum(value is not None for value in (document, document_id, row)) > 1:
-        raise ConfigError("give one of --doc, --id and --row")
-    opened = _open(dataset)
-    if document_id is not None:
-        split_name, document = _find(opened, document_id)
-    split = opened.split(split_name)
-    if row is not None:
-        _inspect_row(PackedRows(split, sequence_length), row, masks)
-        return
-    index = document or 0
-    info = split.document_info(index)
-    info.pop("messages", None)
-    note(f"{split_name} document {index} of {split.num_documents}: {_described(info)}")
-    if masks:
-        mask = split.loss_mask(index)
-        tokens = split.tokens(index).tolist()
-        _print_tokens(opened, tokens, [True] * len(tokens) if mask is None else mask.tolist())
-    else:
-        click.echo(split.text(index), nl=False)
-        if not split.text(index).endswith("\n"):
-            click.echo()
-
-
-def _find(dataset: Dataset, document_id: str) -> tuple[str, int]:
-    from hearth.errors import NotFoundError
-
-    found = dataset.find(document_id)
-    if not found:
-        raise NotFoundError(
-            f"no document {document_id!r} in {dataset.path}",
-            fix="ids are paths below the source, FILE:LINE of a row, or names of modules",
-        )
-    return found[0]
-
-
-def _described(info: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in info.items() if value is not None)
-
-
-def _inspect_row(rows: PackedRows, index: int, masks: bool) -> None:
-    from hearth.data import IGNORE
-    from hearth.errors import NotFoundError
-
-    if not 0 <= index < len(rows):
-        raise NotFoundError(
-            f"no row {index}", fix=f"there are {len(rows)} rows of {rows.sequence_length} tokens"
-        )
-    row = rows[index]
-    for number, (document, start, count) in enumerate(rows.segments(index)):
-        info = rows.split.document_info(document)
-        last = start + count
-        note(f"segment {number}: {info['source']} {info['id']}, tokens {start} to {last} of the document")
-        here = row.segment_ids == number
-        # The inputs of a segment, and the last target, which is never an input.
-        tokens = rows.split.token_range(document, start, last + 1).tolist()
-        counted = [False, *(row.labels[here] != IGNORE).tolist()]
-        if masks:
-            _print_tokens(rows.split.dataset, tokens, counted)
-        else:
-            click.echo(rows.split.dataset.tokenizer().decode(tokens))
-    padding = int((row.segment_ids < 0).sum())
-    note(f"row {index} of {len(rows)}: {rows.sequence_length - padding} tokens, {padding} padding")
-
-
-def _print_tokens(dataset: Dataset, tokens: list[int], counted: list[bool]) -> None:
-    from rich.console import Console
-
-    Console(soft_wrap=True, highlight=False).print(_coloured(dataset, tokens, counted))
-
-
-def _coloured(dataset: Dataset, tokens: list[int], counted: list[bool]) -> Text:
-    """Runs of tokens that count and of tokens that do not, decoded together so that characters stay whole."""
-    import itertools
-
-    from rich.text import Text
-
-    tokenizer = dataset.tokenizer()
-    text = Text()
-    for counts, group in itertools.groupby(zip(tokens, counted, strict=True), key=lambda pair: pair[1]):
-        piece = tokenizer.decode([token for token, _ in group])
-        text.append(f"[{piece}]" if counts else piece, style="green" if counts else "dim")
-    return text
-
-
-def _open(dataset: str) -> Dataset:
+def open_dataset(dataset: str) -> Dataset:
     """A directory, or the name (or the beginning of the fingerprint) of a dataset in the workspace."""
     from hearth.data import Dataset, find_dataset
     from hearth.workspace.workspace import workspace_root
