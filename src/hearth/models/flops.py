@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hearth.models.loading import quiet_transformers
+from hearth.models.quantised import QuantisedLinear
 
 # Dense tensor-core peaks in FLOP/s from the vendors' data sheets, without sparsity, by a part of the name.
 _GPU_PEAKS_16BIT = {
@@ -28,8 +29,12 @@ _GPU_PEAKS_16BIT = {
 
 
 def num_parameters(model: torch.nn.Module) -> int:
-    """All weights of a model, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """All weights of a model, tied ones once; of a quantised layer those that it stands for."""
+    return sum(parameter.numel() for parameter in model.parameters()) + _num_quantised(model)
+
+
+def _num_quantised(model: torch.nn.Module) -> int:
+    return sum(module.num_weights for module in model.modules() if isinstance(module, QuantisedLinear))
 
 
 def flops_per_token(model_or_config: PreTrainedModel | PreTrainedConfig, sequence_length: int) -> float:
@@ -57,7 +62,7 @@ def _active_parameters(model: Any, text: Any) -> float:
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
     routed = getattr(text, "num_experts_per_tok", None)
     share = routed / experts if experts and routed else 1.0
-    total = 0.0
+    total = float(_num_quantised(model))
     for name, parameter in model.named_parameters():
         if parameter is embedding.weight and not tied:
             continue

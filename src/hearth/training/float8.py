@@ -22,7 +22,7 @@ from hearth.training.loss import unwrap
 # float8 products work on multiples of this.
 _MULTIPLE = 16
 # A router decides by small differences: its product stays in bfloat16, as in DeepSeek-V3 (2024, section 3.3).
-_ROUTERS = frozenset({"gate", "router"})
+ROUTERS = frozenset({"gate", "router"})
 
 
 class Float8Linear(nn.Linear):
@@ -49,7 +49,7 @@ def use_float8(model: nn.Module) -> int:
         if not isinstance(layer, GradientCheckpointingLayer):
             continue
         for name, module in layer.named_modules():
-            if type(module) is not nn.Linear or name.rpartition(".")[2] in _ROUTERS:
+            if type(module) is not nn.Linear or name.rpartition(".")[2] in ROUTERS:
                 continue
             if module.in_features % _MULTIPLE or module.out_features % _MULTIPLE:
                 continue

@@ -9,9 +9,11 @@ import torch
 from transformers import GenerationConfig
 
 from hearth.config import recipe_hash, to_dict
-from hearth.models import save_model
+from hearth.errors import IntegrityError
+from hearth.models import load_model, resolve_reference, save_model
 from hearth.models.saving import default_generation_config
 from hearth.training.adapter import merge_adapter, save_adapter
+from hearth.training.identity import base_hash
 
 if TYPE_CHECKING:
     from hearth.training.checkpoint import CheckpointStore
@@ -39,7 +41,7 @@ def leave_result(trainer: Trainer, run: Run, workspace: Workspace, store: Checkp
     if config.model.adapter is not None:
         save_adapter(model, run.dir / "adapter")
         facts["adapter_dir"] = str(run.dir / "adapter")
-        model = merge_adapter(model)
+        model = merge_adapter(model, lambda: _load_base(trainer, run, workspace))
     with torch.no_grad():
         save_model(model, trainer.tokenizer, run.dir / "model", generation_config_of(trainer, model))
     if config.register_.name is not None:
@@ -55,6 +57,17 @@ def leave_result(trainer: Trainer, run: Run, workspace: Workspace, store: Checkp
         )
         facts["version"] = version.ref
     return facts
+
+
+def _load_base(trainer: Trainer, run: Run, workspace: Workspace) -> Any:
+    """The base of an adapter as it was before training."""
+    directory = resolve_reference(str(trainer.config.model.base), workspace)
+    if base_hash(directory) != trainer.identity.base:
+        raise IntegrityError(
+            f"the base model {directory} is not the one that the adapter was trained on any more",
+            fix=f"put back its files, then write the model with `hearth runs export {run.id}`",
+        )
+    return trainer.objective.adapt_model(load_model(directory, dtype=torch.float32))
 
 
 def generation_config_of(trainer: Trainer, model: Any) -> GenerationConfig | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import uuid
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,22 +130,14 @@ def _plain(checkpoint: Checkpoint, skeleton: Path) -> Any:
 
 def _merged(checkpoint: Checkpoint, skeleton: Path, base: PreTrainedModel) -> nn.Module:
     """The base with the adapter of a checkpoint merged into its full-precision weights."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
-    from hearth.training.adapter import merge_adapter
+    from hearth.training.adapter import merged_into
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a deprecated name
-        model = get_peft_model(base, LoraConfig.from_pretrained(str(skeleton)))
-    weights = _weights(checkpoint)
-    own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    if {n: w.shape for n, w in own.items()} != {n: w.shape for n, w in weights.items()}:
-        raise IntegrityError(f"checkpoint {checkpoint.path} holds an adapter of another shape")
-    with torch.no_grad():
-        for name, weight in own.items():
-            weight.copy_(weights[name])
-    merged: nn.Module = merge_adapter(model)
-    return merged
+    try:
+        return merged_into(base, LoraConfig.from_pretrained(str(skeleton)), _weights(checkpoint))
+    except ValueError as error:
+        raise IntegrityError(f"checkpoint {checkpoint.path} does not fit its run: {error}") from error
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
