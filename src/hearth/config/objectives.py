@@ -87,6 +87,13 @@ class DistillSection(Section):
     divergence: Literal["forward", "reverse", "jsd"] = Field(
         "forward", description="Kullback-Leibler towards the teacher, from it, or Jensen-Shannon."
     )
+    jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.5, description="jsd: share of the teacher in the mixture that both are compared with."
+    )
+    max_new_tokens: PositiveInt = Field(256, description="sequence: longest answer, in tokens.")
+    sampling_temperature: NonNegativeFloat = Field(
+        0.0, description="sequence: temperature of the teacher's answers; 0 takes the likeliest token."
+    )
 
 
 class ParameterGroupSection(Section):

@@ -37,6 +37,7 @@ def assemble(recipe: Recipe, *, workspace: Workspace | None, progress: bool) -> 
     objective = make_objective(recipe)
     base_dir = None if recipe.model.base is None else resolve_reference(recipe.model.base, workspace)
     dataset = open_dataset(recipe, workspace, base_dir, progress=progress)
+    dataset = objective.adapt_dataset(dataset, workspace, progress=progress)
     tokenizer = choose_tokenizer(dataset, base_dir)
     model: Any = build_model(
         recipe.model,

@@ -68,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[start : start + chunk] = logits @ weight
             if grad_weight is not None:
-                _add_product(grad_weight, logits, h)
+                add_product(grad_weight, logits, h)
         ctx.gradients = grad_hidden, grad_weight
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -101,7 +101,7 @@ def _cross_entropies(logits_PV: Tensor, labels_P: Tensor, buffer: Tensor, *, gra
     return (sums.log() + largest - picked).sum()
 
 
-def _add_product(grad_weight_VD: Tensor, logits_CV: Tensor, hidden_CD: Tensor) -> None:
+def add_product(grad_weight_VD: Tensor, logits_CV: Tensor, hidden_CD: Tensor) -> None:
     """Add logitsᵀ · hidden in the type of the sum, in slices of the vocabulary: no second weight is held."""
     if grad_weight_VD.dtype == logits_CV.dtype:
         grad_weight_VD.addmm_(logits_CV.T, hidden_CD)

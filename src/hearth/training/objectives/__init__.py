@@ -23,6 +23,7 @@ OBJECTIVES = {
     "kto": "hearth.training.objectives.kto:KTO",
     "orpo": "hearth.training.objectives.orpo:ORPO",
     "simpo": "hearth.training.objectives.simpo:SimPO",
+    "distill": "hearth.training.objectives.distill:Distillation",
     "reward": "hearth.training.objectives.reward:RewardModel",
     "grpo": "hearth.training.objectives.grpo:GRPO",
     "ppo": "hearth.training.objectives.ppo:PPO",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from hearth.config.recipe import Recipe
     from hearth.training.trainer import Trainer
+    from hearth.workspace import Workspace
 
 TOKENS = "tokens"
 
@@ -81,6 +82,10 @@ class Objective:
 
         ``run_dir`` is where what was computed may be kept; None where there is no run.
         """
+
+    def adapt_dataset(self, dataset: Any, workspace: Workspace, *, progress: bool) -> Any:  # noqa: ARG002
+        """The data set that is trained on, given the one of the recipe. Default: that one."""
+        return dataset
 
     def adapt_model(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model that trains, given the causal language model of the recipe. Default: that one."""
