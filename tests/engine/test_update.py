@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hearth.engine import Engine, SamplingParams, native
 from hearth.errors import ConfigError, EngineError, ModelError
 
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # of the compiled layers' form
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=0)
 # family, its changes, dtype, settings of the engine
 CASES: dict[str, tuple[str, dict[str, Any], torch.dtype, dict[str, Any]]] = {
@@ -24,10 +25,10 @@ CASES: dict[str, tuple[str, dict[str, Any], torch.dtype, dict[str, Any]]] = {
     "plain": ("llama", {}, torch.float32, {"prepack": False}),
     "int8": ("llama", {}, torch.float32, {"weights": "int8"}),
     "int4": ("llama", {"tie_word_embeddings": True}, torch.float32, {"weights": "int4"}),
-    "bf16": ("llama", {}, torch.bfloat16, {}),
-    "bf16 norms": ("gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32}, torch.bfloat16, {}),
-    "bf16 int8": ("qwen3", {"head_dim": 32}, torch.bfloat16, {"weights": "int8"}),
-    "bf16 int4": ("llama", {}, torch.bfloat16, {"weights": "int4"}),
+    "bf16": ("llama", HEADS, torch.bfloat16, {}),
+    "bf16 norms": ("gemma2", {**HEADS, "query_pre_attn_scalar": 32}, torch.bfloat16, {}),
+    "bf16 int8": ("qwen3", HEADS, torch.bfloat16, {"weights": "int8"}),
+    "bf16 int4": ("llama", HEADS, torch.bfloat16, {"weights": "int4"}),
 }
 
 
@@ -43,6 +44,7 @@ def other_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def answers(engine: Engine, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+    engine.pool.reset_cache()  # a cached beginning is computed in other pieces, which moves the last digits
     found = engine.generate(prompts, GREEDY)
     return [(each.token_ids, [entry.logprob for entry in each.logprobs or ()]) for each in found]
 
@@ -115,20 +117,16 @@ def test_what_cannot_be_replaced_is_refused_and_nothing_changes(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_released_cache_gives_its_memory_back_and_is_there_again(
+def test_a_released_cache_is_gone_and_there_again_when_needed(
     dtype: torch.dtype, family_model: Any, prompts: list[list[int]]
 ) -> None:
-    model = family_model("llama", max_position_embeddings=4096).to(dtype)
-    long = [index % 300 + 3 for index in range(4000)]
-    process = psutil.Process()
-    with Engine.from_model(model, max_num_seqs=16) as engine:
-        wanted = answers(engine, prompts)
-        engine.generate([[number, *long] for number in range(3, 19)], SamplingParams(max_tokens=1))
-        before, size = process.memory_info().rss, engine.runner.num_bytes
+    model = family_model("llama", **HEADS).to(dtype)
+    with Engine.from_model(model) as engine:
+        wanted, size = answers(engine, prompts), engine.runner.num_bytes
+        blocks = [weakref.ref(part) for layer in engine.runner.layers for part in layer.pool.parts]
         engine.release_cache()
-        assert before - process.memory_info().rss > 0.7 * size
-        assert size == engine.runner.num_bytes > 20_000_000
-        assert engine.pool.num_cached == 0
+        assert all(block() is None for block in blocks)
+        assert engine.runner.num_bytes == size
         assert answers(engine, prompts) == wanted
         engine.add_request("running", prompts[0], GREEDY)
         with pytest.raises(EngineError, match="lose their keys and values"):

@@ -149,10 +149,12 @@ def _inputs(trainer: Any, settings: dict[str, Any]) -> dict[str, Any]:
     }
     whole = torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1)
     with torch.no_grad():
-        for name, weights in (("old", OLD), ("ref", REFERENCE)):
-            model = make_model(*weights)
-            found = trainer._get_per_token_logps_and_entropies(model, *whole, ids.shape[1])
-            inputs[f"{name}_per_token_logps"] = found[0]
+        # In the trainer's own model, as TRL has changed its forward pass.
+        for name, weights in (("old", OLD), ("ref", REFERENCE), ("", POLICY)):
+            trainer.model.load_state_dict(make_model(*weights).state_dict())
+            found = trainer._get_per_token_logps_and_entropies(trainer.model, *whole, ids.shape[1])
+            if name:
+                inputs[f"{name}_per_token_logps"] = found[0]
     return inputs
 
 
