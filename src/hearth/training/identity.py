@@ -58,7 +58,7 @@ class Identity:
     recipe_hash: str
     # These may differ: the run goes on correctly, but not bit for bit as it would have.
     precision: str
-    micro_batch_size: int
+    micro_batch_size: int | str
     device: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def identity_of(trainer: Trainer) -> Identity:
         adapter="none" if adapter is None else adapter.model_dump_json(),
         recipe_hash=recipe_hash(config),
         precision=trainer.precision,
-        micro_batch_size=trainer.micro_batch_size,
+        micro_batch_size=config.train.micro_batch_size,  # what auto has found is in the checkpoint
         device=trainer.device.type,
     )
 

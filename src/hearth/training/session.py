@@ -100,6 +100,7 @@ class Session:
         self.saver = CheckpointSaver(self.store, background=config.checkpoint.async_, say=self._say)
         try:
             trainer.start_objective(run.dir)
+            trainer.identity  # noqa: B018 - hashes the tokenizer now, not while a step waits
             if not (run.dir / "skeleton").is_dir():
                 generation = generation_config_of(trainer, trainer.model)
                 write_skeleton(trainer.model, trainer.tokenizer, generation, run.dir / "skeleton")
@@ -121,7 +122,8 @@ class Session:
         inexact = self.trainer.identity.inexact(checkpoint)
         if inexact:
             self._warn(f"the run does not go on bit for bit as it would have: {', '.join(inexact)}")
-        self.store.discard_after(checkpoint.step)
+        self.store.resume_from(checkpoint.step, best_step=self.trainer.state.best_step)
+        self._last_saved, self._requested_step = checkpoint.path, checkpoint.step
         run.discard_metrics_after(checkpoint.step)
 
     def _warn(self, message: str) -> None:
@@ -154,7 +156,7 @@ class Session:
                     self._stop(run)
             self._evaluate_at_end(run)
             if self._requested_step != trainer.state.step:
-                self._save(run)
+                self._save(run, last=True)
             self._record_saved(self.saver.wait())
             self.observers.callbacks.raise_error()
 
@@ -261,11 +263,11 @@ class Session:
     def _evaluate_at_end(self, run: Run) -> None:
         state = self.trainer.state
         if state.last_eval_step != state.step and self._evaluate():
-            self._save(run, best=True)
+            self._save(run, best=True, last=True)
 
     # ── saving and stopping ──────────────────────────────────────────────────────────────────────────────
 
-    def _save(self, run: Run, *, best: bool = False) -> None:
+    def _save(self, run: Run, *, best: bool = False, last: bool = False) -> None:
         trainer = self.trainer
         step = trainer.state.step
 
@@ -275,7 +277,7 @@ class Session:
 
         evaluated = self._figures if trainer.state.last_eval_step == step else None
         with trainer.clock.apart("checkpoint"):
-            self.saver.save(step, contents, metrics=evaluated, best=best)
+            self.saver.save(step, contents, metrics=evaluated, best=best, last=last)
         self._requested_step = step
         self._record_saved(self.saver.poll())
 
@@ -300,7 +302,7 @@ class Session:
     def _stop(self, run: Run) -> None:
         trainer = self.trainer
         if self._requested_step != trainer.state.step:
-            self._save(run)
+            self._save(run, last=True)
         self._record_saved(self.saver.wait())
         self.observers.callbacks.raise_error()
         raise Interrupted(

@@ -192,6 +192,32 @@ def test_in_the_foreground(tmp_path: Path) -> None:
     assert (loaded.step, loaded.metrics) == (1, {"eval_loss": 2.5})
 
 
+def test_the_last_one_needs_no_copy(tmp_path: Path, saver: CheckpointSaver) -> None:
+    saver.save(1, contents_of(torch.full((10,), 1.0)))
+    saver.save(2, contents_of(torch.full((10,), 2.0)), last=True)
+    assert saver._thread is None
+    assert [saved.step for saved in saver.poll()] == [1, 2]
+    assert value_in(tmp_path) == 2.0
+    alone = CheckpointSaver(CheckpointStore(tmp_path), background=True)
+    alone.save(3, contents_of(torch.ones(10)), last=True)
+    assert alone._stager._buffers == {}
+
+
+def test_ctrl_c_in_the_foreground_leaves_nothing_half_written(
+    tmp_path: Path, saver: CheckpointSaver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver.save(1, contents_of(torch.full((10,), 1.0)), last=True)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "write_tensors", stop)
+    with pytest.raises(KeyboardInterrupt):
+        saver.save(2, contents_of(torch.ones(10)), last=True)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    assert value_in(tmp_path) == 1.0
+
+
 def test_a_number_that_json_cannot_hold_is_refused_at_once(saver: CheckpointSaver) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         saver.save(1, lambda: (Contents({}, {"training": {"loss": float("nan")}}), {}))

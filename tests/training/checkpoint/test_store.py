@@ -127,12 +127,26 @@ def test_later_ones_are_set_aside_until_there_are_new_ones(tmp_path: Path) -> No
     store = CheckpointStore(tmp_path, keep=2)
     store.save(1, tensors(1.0), {})
     store.save(2, tensors(2.0), {}, best=True)
-    store.discard_after(1)
+    store.resume_from(1)
     assert [path.name for path in store.list()] == ["step-000001"]
     assert store.best() is None
+    assert (tmp_path / "latest").read_text() == "step-000001\n"
     assert (store.root / "step-000002.damaged" / "model.safetensors").is_file()
     store.save(2, tensors(2.5), {})
     assert {path.name for path in store.root.iterdir()} == {"step-000001", "step-000002"}
+
+
+def test_pointers_follow_what_the_run_goes_on_from(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    store.save(1, tensors(1.0), {}, best=True)
+    store.save(2, tensors(2.0), {}, best=True)
+    store.save(3, tensors(3.0), {})
+    # Killed after the rename of a best one and before its pointer was written.
+    store.resume_from(3, best_step=3)
+    assert store.find("best").step == 3
+    # The newest best is damaged: the best before it is still there.
+    store.resume_from(2, best_step=1)
+    assert (store.find("best").step, store.find("latest").step) == (1, 2)
 
 
 def test_a_folder_that_was_renamed_is_not_believed(tmp_path: Path) -> None:

@@ -135,9 +135,11 @@ def _merged(checkpoint: Checkpoint, skeleton: Path, base: PreTrainedModel) -> nn
     from hearth.training.adapter import merged_into
 
     try:
-        return merged_into(base, LoraConfig.from_pretrained(str(skeleton)), _weights(checkpoint))
+        config = LoraConfig.from_pretrained(str(skeleton))
+        merged: nn.Module = merged_into(base, config, _weights(checkpoint))
     except ValueError as error:
         raise IntegrityError(f"checkpoint {checkpoint.path} does not fit its run: {error}") from error
+    return merged
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:

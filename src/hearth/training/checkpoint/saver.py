@@ -64,11 +64,13 @@ class CheckpointSaver:
         *,
         metrics: Mapping[str, float] | None = None,
         best: bool = False,
+        last: bool = False,
     ) -> None:
         """Save what ``contents`` returns, tensors and other values, as the checkpoint of ``step``.
 
-        Waits first for a save that is still being written. Raises StorageError when that one failed, or, not
-        in the background, this one.
+        Waits first for a save that is still being written. ``last``: nothing changes any more, so that it is
+        written at once and without a copy. Raises StorageError when the save before failed, and when this one
+        did, unless it is written in the background.
         """
         started = time.perf_counter()
         if self._thread is not None and self._thread.is_alive():
@@ -76,9 +78,10 @@ class CheckpointSaver:
         self._join()
         found, values = contents()
         state = encode_state({**values, "parts": found.values})
-        tensors = self._stager.stage(found.tensors) if self._background else found.tensors
+        background = self._background and not last
+        tensors = self._stager.stage(found.tensors) if background else found.tensors
         snapshot = Snapshot(step, tensors, state, dict(metrics or {}), best)
-        if not self._background:
+        if not background:
             path = self.store.commit(snapshot)
             seconds = time.perf_counter() - started
             self._saved.append(Saved(path, step, seconds, seconds, snapshot.num_bytes()))

@@ -27,7 +27,6 @@ from hearth.training.checkpoint.files import (
     TENSORS,
     FileFacts,
     Manifest,
-    WriteCancelledError,
     encode_manifest,
     fsync_directory,
     hash_file,
@@ -152,14 +151,14 @@ class CheckpointStore:
             replace_text(self.run_dir / "latest", final.name + "\n")
             if snapshot.best:
                 replace_text(self.run_dir / "best", final.name + "\n")
-        except WriteCancelledError:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             with contextlib.suppress(OSError):
                 self._restore_replaced()
             raise self._storage_error(final, snapshot.num_bytes(), error) from error
+        except BaseException:  # told to give up, or Ctrl-C
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         self.prune()
         return final
 
@@ -232,10 +231,12 @@ class CheckpointStore:
             return False
         return True
 
-    def discard_after(self, step: int) -> None:
-        """Take checkpoints of later steps out of the way: the run goes on from ``step``, as they are damaged.
+    def resume_from(self, step: int, *, best_step: int = 0) -> None:
+        """Make ``step`` the newest: later checkpoints, which are damaged, and the pointers to them go.
 
-        They are kept as ``step-N.damaged`` until there are new ones.
+        ``best_step``: the best as the checkpoint of ``step`` knows it; a process that was killed after it had
+        committed a best one may have left the pointer at the one before. What is damaged stays as
+        ``step-N.damaged`` until there are new ones.
         """
         for path in self.list():
             if checkpoint_step(path) > step:
@@ -243,9 +244,11 @@ class CheckpointStore:
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
                 self._sound.pop(path.name, None)
-                for pointer in ("best", "latest"):
-                    if self._pointer(pointer) == path.name:
-                        (self.run_dir / pointer).unlink(missing_ok=True)
+        for pointer, target in (("latest", step), ("best", best_step)):
+            if (self.root / checkpoint_name(target)).is_dir():
+                replace_text(self.run_dir / pointer, checkpoint_name(target) + "\n")
+            else:
+                (self.run_dir / pointer).unlink(missing_ok=True)
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────
 
