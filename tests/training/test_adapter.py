@@ -209,7 +209,7 @@ def test_serving_loads_what_lora_and_qlora_save_and_refuses_dora(tmp_path: Path)
         wanted = merged.generate(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
         )
-        assert list(output.completions[0].token_ids) == wanted[0, len(prompt) :].tolist()
+        assert list(output.token_ids) == wanted[0, len(prompt) :].tolist()
     save_adapter(adapted(copy.deepcopy(base), dora=True), tmp_path / "dora")
     with pytest.raises(ModelError, match="use_dora True, which cannot be applied") as caught:
         engine.load_adapter("mine", tmp_path / "dora")
