@@ -64,6 +64,7 @@ def in_one_of_two_processes(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_meshes_and_plain_tensors_give_the_norm_of_one_process(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(in_one_of_two_processes, args=(str(tmp_path),), nprocs=2)
     whole = whole_gradients()

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hearth.errors import ConfigError
+from hearth.errors import ConfigError, Interrupted
+from hearth.training.callbacks import Callback
 from hearth.training.micro_batch import find_size, largest_size
 
 Make = Callable[..., Any]
@@ -22,6 +23,40 @@ def test_divisors_within_four_fifths_of_the_free_memory() -> None:
         for free in (37, 38, 75, 100, 175, 999)
     ]
     assert found == [0, 1, 4, 6, 12, 12]
+
+
+def test_auto_is_found_once_and_continues_as_it_was(
+    train_parts: Make, free_memory: Callable[[int], None], workspace: Any
+) -> None:
+    auto = {"micro_batch_size": "auto", "batch_size": 8}
+    free_memory(1 << 34)
+    straight = train_parts(train=auto)
+    straight.fit()
+    assert straight.micro_batch_size == 8
+
+    class Stop(Callback):
+        def on_step(self, trainer: Any, step: int, metrics: Any) -> None:
+            if step == 3:
+                trainer.request_stop("test")
+
+    with pytest.raises(Interrupted):
+        train_parts(train=auto, callbacks=[Stop()]).fit()
+    free_memory(1000)  # nothing would fit now: it is not tried again
+    resumed = train_parts(train=auto, resume=workspace.runs.list(status="interrupted")[0].id)
+    resumed.fit()
+    assert resumed.micro_batch_size == 8
+    for weight, other in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(weight, other)
+
+
+def test_the_loss_does_not_depend_on_it(train_parts: Make, free_memory: Callable[[int], None]) -> None:
+    free_memory(1 << 34)
+    by_hand = train_parts(train={"micro_batch_size": 2, "batch_size": 8})
+    found = train_parts(train={"micro_batch_size": "auto", "batch_size": 8})
+    one, other = by_hand.train_step(0), found.train_step(0)
+    assert found.micro_batch_size == 8
+    assert one.loss == pytest.approx(other.loss, rel=1e-6)
+    assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-5)
 
 
 @given(
@@ -102,6 +137,8 @@ def test_the_prediction_is_what_a_larger_micro_batch_takes(train_parts: Make) ->
     batches = trainer.objective.batches(trainer, 0, trainer.step_rows(0))
     assert len(batches) == 1
     expected = add_up(trainer.objective.counts(batch) for batch in batches)
+    trainer._accumulate(batches, expected)  # as after the first micro-batch of a step
+    gradients = sum(gradient.nbytes for gradient in trainer.updates.gradients())
     peak = peak_bytes(lambda: trainer._accumulate(batches, expected), trainer.device)
-    predicted = found.fixed_bytes - state_bytes(trainer.optimizer) + 8 * found.row_bytes
+    predicted = found.fixed_bytes - state_bytes(trainer.optimizer) - gradients + 8 * found.row_bytes
     assert predicted == pytest.approx(peak, rel=0.05)

@@ -106,10 +106,9 @@ def add_product(grad_weight_VD: Tensor, logits_CV: Tensor, hidden_CD: Tensor) ->
     if grad_weight_VD.dtype == logits_CV.dtype:
         grad_weight_VD.addmm_(logits_CV.T, hidden_CD)
         return
-    for grad_SD, logits_CS in zip(
-        grad_weight_VD.split(_VOCAB_SLICE), logits_CV.split(_VOCAB_SLICE, 1), strict=True
-    ):
-        grad_SD += logits_CS.T @ hidden_CD
+    for first in range(0, len(grad_weight_VD), _VOCAB_SLICE):
+        words = slice(first, first + _VOCAB_SLICE)
+        grad_weight_VD[words].add_(logits_CV[:, words].T @ hidden_CD)
 
 
 def linear_cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:

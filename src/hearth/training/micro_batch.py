@@ -77,6 +77,7 @@ def choose_micro_batch(trainer: Trainer) -> MicroBatch:
     known = trainer.state.micro_batch_size
 
     def measure(size: int) -> int | None:
+        # Gradients stay from pass to pass, as they do between the micro-batches of a step.
         trainer.state.micro_batch_size = size
         batches = trainer.objective.batches(trainer, 0, trainer.step_rows(0)[:size])
         expected = add_up(trainer.objective.counts(batch) for batch in batches)
@@ -85,18 +86,19 @@ def choose_micro_batch(trainer: Trainer) -> MicroBatch:
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return None
-        finally:
-            trainer.optimizer.zero_grad(set_to_none=True)
 
     try:
         trainer.model.train()
-        measure(1)  # the first pass ever makes what stays: tables, workspaces of libraries
-        free, reserved = available_memory(device), state_bytes(trainer.optimizer)
+        free = available_memory(device)
+        measure(1)  # the first pass makes what stays: gradients, tables, workspaces of libraries
+        gradients = sum(gradient.nbytes for gradient in trainer.updates.gradients())
+        reserved = gradients + state_bytes(trainer.optimizer)
         found = find_size(measure, batch_size=batch_size, reserved_bytes=reserved, free_bytes=free)
         while device.type == "cuda" and found.size > 1 and measure(found.size) is None:
             smaller = max(size for size in range(1, found.size) if batch_size % size == 0)
             found = MicroBatch(smaller, found.row_bytes, found.fixed_bytes, found.free_bytes)
         return found
     finally:
+        trainer.optimizer.zero_grad(set_to_none=True)
         trainer.state.micro_batch_size = known
         rng.restore(*before)

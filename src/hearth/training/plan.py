@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from hearth.training.loss import unwrap
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Buffers of libraries and of the loss, whatever the model.
 _WORKSPACE = 64 << 20
@@ -50,22 +53,55 @@ def resolve_steps(*, steps: int | None, epochs: float | None, rows: int, batch_s
 
 
 def estimate_memory(
-    model: nn.Module, *, micro_batch_size: int, sequence_length: int, precision: str, trainable: int
+    model: nn.Module,
+    *,
+    micro_batch_size: int,
+    sequence_length: int,
+    precision: str,
+    optimizer_bytes: int,
+    checkpointing: str = "none",
+    averaged: bool = False,
 ) -> int:
-    """Bytes at the peak of a step, roughly: weights, gradients, AdamW's two moments, and activations.
+    """Bytes at the peak of a step: weights, gradients, optimizer state, activations, the output layer.
 
-    Activations are what a Llama-shaped layer keeps for the backward pass, per token: about 14 vectors of the
-    hidden size and 4 of the feed-forward size in the compute type, and 13 of the hidden size in float32
-    (norms, rotary embedding, residuals). Measured against the growth of a process at 3M and 20M: 10 % off.
+    The peak is the loss of any micro-batch but the first: all gradients are there, all activations too, and
+    the output layer's gradient once more. ``optimizer_bytes``: of ``hearth.training.optimizers.state_bytes``.
     """
-    config = unwrap(model).config.get_text_config()
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    width = 2 if precision == "bf16" else 4
-    hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    weights = sum(weight.nbytes for weight in [*model.parameters(), *model.buffers()])
+    trainable = [weight for weight in model.parameters() if weight.requires_grad]
+    gradients = sum(weight.nbytes for weight in trainable)
+    average = 4 * sum(weight.numel() for weight in trainable) if averaged else 0
+    width = 4 if precision == "fp32" else 2
+    # Autocast's copies, for one forward and backward pass; what is quantised is unpacked layer by layer.
+    copies = sum(weight.nbytes for weight in model.parameters()) // 2 if width == 2 else 0
     tokens = micro_batch_size * sequence_length
-    layer = tokens * (width * (14 * hidden + 4 * inner) + 4 * 13 * hidden)
+    activations = activation_bytes(unwrap(model).config, width=width, checkpointing=checkpointing) * tokens
     attention_mask = micro_batch_size * sequence_length**2
-    copies = weights // 2 if precision == "bf16" else 0  # autocast's, for one forward and backward pass
-    activations = layer * config.num_hidden_layers + attention_mask
-    return int(weights + copies + 12 * trainable + activations + _WORKSPACE)
+    head = unwrap(model).get_output_embeddings() if hasattr(unwrap(model), "get_output_embeddings") else None
+    head_gradient = 0 if head is None or not head.weight.requires_grad else 4 * head.weight.numel()
+    step = copies + activations + attention_mask + head_gradient + _WORKSPACE
+    return int(weights + gradients + optimizer_bytes + average + step)
+
+
+def activation_bytes(config: PretrainedConfig, *, width: int, checkpointing: str) -> int:
+    """Bytes a token that the layers keep for the backward pass; ``width``: bytes of the compute type.
+
+    A Llama-shaped layer keeps about 14 vectors of the hidden size and 4 of the feed-forward size in the
+    compute type, and 13 of the hidden size in float32 (norms, rotary embedding, residuals). Checkpointed in
+    full it keeps its input; selectively its input and what products and attention give. Then one layer at a
+    time has everything.
+    """
+    text = config.get_text_config()
+    hidden, num_layers = text.hidden_size, text.num_hidden_layers
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    heads = text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or hidden // heads
+    queries, keys = heads * head_size, (getattr(text, "num_key_value_heads", None) or heads) * head_size
+    exact = 13 if width < 4 else 2  # in float32 most of them are the same tensors
+    whole = width * (14 * hidden + 4 * inner) + 4 * exact * hidden
+    kept = {
+        "none": whole,
+        "selective": 4 * hidden + width * (2 * queries + 2 * keys + 2 * hidden + 2 * inner) + 4 * heads,
+        "full": 4 * hidden,
+    }[checkpointing]
+    return int(num_layers * kept + (whole if checkpointing != "none" else 0))

@@ -34,7 +34,7 @@ from hearth.training.micro_batch import choose_micro_batch
 from hearth.training.nonfinite import skip_or_raise
 from hearth.training.objectives import Losses, make_objective
 from hearth.training.observers import own_callbacks
-from hearth.training.optimizers import trainable_parameters
+from hearth.training.optimizers import state_bytes, trainable_parameters
 from hearth.training.performance import StepClock
 from hearth.training.plan import TrainingPlan, estimate_memory, resolve_steps
 from hearth.training.precision import autocast, choose_device, choose_precision
@@ -226,7 +226,9 @@ class Trainer:
                 micro_batch_size=self.micro_batch_size,
                 sequence_length=length,
                 precision=self.precision,
-                trainable=trainable,
+                optimizer_bytes=state_bytes(self.optimizer),
+                checkpointing=section.activation_checkpointing,
+                averaged=self.updates.average is not None,
             ),
             dataset=self.dataset_fingerprint,
         )

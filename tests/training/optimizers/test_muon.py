@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hearth.training.optimizers.muon import MuonWithAdamW, orthogonalize
 
@@ -46,3 +52,50 @@ def test_the_size_of_an_update_is_that_of_adamw() -> None:
     group = {"params": [weight], "hidden": True, "weight_decay": 0.0}
     MuonWithAdamW([group], lr=1.0, betas=(0.9, 0.95), eps=1e-8).step()
     assert weight.detach().square().mean().sqrt() == pytest.approx(0.2, rel=0.2)
+
+
+def in_one_of_two_processes(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        matrix, embedding, gradients = start()
+        spread = [torch.nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w in (matrix, embedding)]
+        for weight, gradient in zip(spread, gradients, strict=True):
+            weight.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+        updated = step(spread)
+        whole = [weight.full_tensor() for weight in updated if isinstance(weight, DTensor)]
+        if rank == 0:
+            torch.save(whole, f"{folder}/whole.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def start() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """A hidden matrix, an embedding, and their gradients; rows that two processes cannot share evenly."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(9, 6, generator=generator) for _ in range(4)]
+    return tensors[0], tensors[1], tensors[2:]
+
+
+def step(weights: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    groups = [
+        {"params": [weights[0]], "hidden": True, "weight_decay": 0.1},
+        {"params": [weights[1]], "hidden": False, "weight_decay": 0.1},
+    ]
+    MuonWithAdamW(groups, lr=0.1, betas=(0.9, 0.95), eps=1e-8).step()
+    return [weight.detach() for weight in weights]
+
+
+@pytest.mark.slow
+def test_spread_over_two_processes_it_does_what_one_does(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(in_one_of_two_processes, args=(str(tmp_path),), nprocs=2)
+    matrix, embedding, gradients = start()
+    weights = [torch.nn.Parameter(matrix.clone()), torch.nn.Parameter(embedding.clone())]
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient
+    expected = step(weights)
+    found = torch.load(tmp_path / "whole.pt")
+    assert not torch.equal(expected[0], matrix)
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference)

@@ -52,13 +52,16 @@ def load_optimizer_tensors(
     unknown = [name for name in states if name not in weights]
     if unknown:
         raise IntegrityError(
-            f"the optimizer state of the checkpoint is of other weights: {unknown[0]} does not train here"
+            f"the optimizer state of the checkpoint is of other weights: {unknown[0]} does not train here",
+            fix="keep model.adapter and train.parameter_groups of the run",
         )
     for name, state in states.items():
         weight = weights[name]
         _require_same_kind(optimizer, name, set(state))
+        # Fused AdamW counts on the device; the others read their count every step, so it stays on the host.
+        fused = isinstance(optimizer, torch.optim.AdamW | MuonWithAdamW)
         optimizer.state[weight] = {
-            field: value.to(weight.device) if field != "step" else value.to(weight.device, torch.float32)
+            field: value if field == "step" and not fused else value.to(weight.device)
             for field, value in state.items()
         }
 
