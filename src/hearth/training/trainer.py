@@ -438,7 +438,7 @@ class Trainer:
         """Median seconds of an optimizer step, after one to warm up. Runs on a copy; nothing here changes."""
         trial = copy.copy(self)
         trial.model = copy.deepcopy(self.model)
-        trial.total_steps = num_steps + 1  # what an objective prepares for the whole run, it prepares for these
+        trial.total_steps = num_steps + 1  # what an objective prepares for a whole run, it prepares for these
         trial.updates = Updates(trial.model, self.config.train, precision=self.precision)
         trial.optimizer = trial.updates.optimizer
         trial.clock = StepClock(self.device)

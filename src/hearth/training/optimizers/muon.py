@@ -40,7 +40,7 @@ def orthogonalize(matrix_ERC: Tensor) -> Tensor:
 
 
 class MuonWithAdamW(Optimizer):
-    """Groups with ``hidden`` true go to Muon, the others to torch's fused AdamW; one state and list of groups.
+    """Groups with ``hidden`` true go to Muon, the others to torch's fused AdamW; one state, one list.
 
     torch.optim.Muon takes matrices only; the experts of a mixture are stacks of them, which are
     orthogonalised one by one here. A weight that is spread over devices (DTensor) is gathered for it.
