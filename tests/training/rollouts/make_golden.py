@@ -100,6 +100,7 @@ def _trainer(settings: dict[str, Any], out: str) -> Any:
         epsilon=settings.get("clip_low", 0.2),
         epsilon_high=settings.get("clip_high", 0.2),
         temperature=settings.get("temperature", 1.0),
+        use_bias_correction_kl=False,  # the plain estimator, as in the paper
         beta=0.0,  # else it would look for a reference model on the hub; set below
         use_cpu=True,
         bf16=False,

@@ -140,4 +140,5 @@ def test_ppo_learns_to_repeat_a_letter(trainer_of: Make, policy: Make, prompts: 
     after = trainer.evaluate()["eval_reward"]
     assert before < 0.15, "one of thirty characters"
     assert after > 0.8
-    assert metrics[-1]["value"] == pytest.approx(metrics[-1]["reward"], abs=0.2), "the head has learnt, too"
+    assert metrics[0]["value"] == 0.0
+    assert metrics[-1]["value"] == pytest.approx(metrics[-1]["reward"], abs=0.3), "the head has learnt, too"

@@ -96,8 +96,9 @@ def test_a_batch_knows_the_tokens_of_its_answers(trainer_of: Make, prompts: Make
         train={"micro_batch_size": 2},
     )
     trainer.start_objective()
-    batches = trainer.objective.batches(trainer, 0, [0, 1, 2, 3])
-    assert [batch.rows for batch in batches] == [(0, 1), (2, 3)]
+    rows = trainer.step_rows(0)
+    batches = trainer.objective.batches(trainer, 0, rows)
+    assert [batch.rows for batch in batches] == [tuple(rows[:2]), tuple(rows[2:])]
     for batch in batches:
         assert len(batch.sequences) == 8
         assert batch.num_valid == len(batch.extras[OLD]) == len(batch.extras[ADVANTAGES])
@@ -168,8 +169,9 @@ def test_rewards_see_texts_and_columns(trainer_of: Make, prompts: Make, module_o
     ]
     trainer = trainer_of("grpo", prompts(2), reinforce={"rewards": rewards})
     _, metrics, _ = step_of(trainer)
-    assert [each.prompt for each in seen] == ["a="] * 4 + ["b="] * 4
-    assert seen[0].fields == {"answer": "a", "number": 0}
+    first, second = trainer.step_rows(0)
+    assert [each.prompt for each in seen] == [f"{'ab'[first]}="] * 4 + [f"{'ab'[second]}="] * 4
+    assert seen[0].fields == {"answer": "ab"[first], "number": first}
     assert all("<eos>" not in each.completion for each in seen)
     assert metrics["reward_rewards_of_a_test_0.judge"] == 2.0
     assert metrics["reward_rewards_of_a_test_0.judge_std"] == 0.0
@@ -257,7 +259,7 @@ def test_a_reward_that_fails_ends_the_run_before_any_weight_changes(
         "grpo", prompts(4), reinforce={"rewards": [{"name": f"{name}:judge"}]}, workspace=workspace
     )
     before = {n: w.clone() for n, w in trainer.model.named_parameters()}
-    with pytest.raises(TrainingError, match=r"gave nan, which is no finite number; prompt 'a='"):
+    with pytest.raises(TrainingError, match=r"gave nan, which is no finite number; prompt '[a-d]='"):
         trainer.fit()
     assert all(torch.equal(w, before[n]) for n, w in trainer.model.named_parameters())
     assert trainer.run.status == "failed"

@@ -39,7 +39,7 @@ def generalised_advantages(
     """
     advantages_N = torch.empty_like(values_N)
     for rewards_T, values_T, found_T in zip(
-        *(each.split(lengths_S.tolist()) for each in (rewards_N, values_N, advantages_N)), strict=True
+        *(torch.split(each, lengths_S.tolist()) for each in (rewards_N, values_N, advantages_N)), strict=True
     ):
         following, advantage = values_T.new_zeros(()), values_T.new_zeros(())
         for t in reversed(range(len(values_T))):

@@ -60,7 +60,8 @@ def _merged(layer: Any) -> dict[str, Tensor]:
 
 
 def _plain(base: QuantisedLinear) -> nn.Linear:
-    made = nn.utils.skip_init(nn.Linear, base.in_features, base.out_features, bias=base.bias is not None)
+    with torch.device("meta"):
+        made = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
     made.weight = nn.Parameter(base.dequantised(), requires_grad=False)
     if base.bias is not None:
         made.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
