@@ -31,8 +31,8 @@ def test_auto_is_found_once_and_continues_as_it_was(
     auto = {"micro_batch_size": "auto", "batch_size": 8}
     free_memory(1 << 34)
     straight = train_parts(train=auto)
-    straight.fit()
-    assert straight.micro_batch_size == 8
+    run = straight.fit()
+    assert straight.micro_batch_size == run.summary["micro_batch_size"] == 8
 
     class Stop(Callback):
         def on_step(self, trainer: Any, step: int, metrics: Any) -> None:

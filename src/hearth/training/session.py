@@ -318,6 +318,7 @@ class Session:
         best = self.store.best()
         return {
             "steps": state.step,
+            "micro_batch_size": state.micro_batch_size or self.config.train.micro_batch_size,
             "num_tokens": state.num_tokens,
             "epochs": state.step * self.config.train.batch_size / len(trainer.rows),
             "loss": state.last_loss,
