@@ -89,8 +89,10 @@ def test_one_that_raises_ends_the_run_with_a_checkpoint(
 def test_one_that_raises_at_the_start_or_the_end(train_parts: MakeTrainer, workspace: Workspace) -> None:
     with pytest.raises(TrainingError, match="callback Events failed in on_start at step 0"):
         train_parts(callbacks=[Events("start 0")], **SECTIONS).fit()
+    other = Events()
     with pytest.raises(TrainingError, match="callback Events failed in on_end at step 4"):
-        train_parts(callbacks=[Events("end finished")], **SECTIONS).fit()
+        train_parts(callbacks=[Events("end finished"), other], **SECTIONS).fit()
+    assert other.events[-2:] == ["checkpoint 4", "end finished"]
     last, first = workspace.runs.list()
     assert (first.status, last.status) == ("failed", "failed")
     assert (last.dir / "latest").read_text().strip() == "step-000004"
