@@ -67,6 +67,9 @@ async def load_adapter(request: Request) -> Response:
         return JSONResponse(
             {"error": {"message": "bad", "param": "lora_path", "code": "x", "type": "t"}}, 400
         )
+    if body["lora_path"].startswith("wait:"):
+        while not Path(body["lora_path"].removeprefix("wait:")).exists():
+            await asyncio.sleep(0.01)
     return JSONResponse(body)
 
 

@@ -285,6 +285,7 @@ def test_embeddings(client: OpenAI) -> None:
         ("", {}, "input"),
         ([], {}, "input"),
         ("x" * 1100, {}, "input"),
+        ([1, 10**6], {}, "input"),
         ("one", {"extra_body": {"pooling": "max"}}, "pooling"),
     ):
         with pytest.raises(openai.BadRequestError) as caught:
@@ -336,7 +337,12 @@ def test_adapters_are_models(client: OpenAI, server: ServerProcess) -> None:
     with pytest.raises(openai.NotFoundError):
         complete("second")
     assert (complete(MODEL), complete("first")) == (plain, first)
-    for name, where, param in (("first", second, "lora_name"), ("x", second + "/no", "lora_path")):
+    for name, where, param in (
+        ("first", second, "lora_name"),
+        ("a=b", second, "lora_name"),  # could not be told from its path when it is loaded again
+        ("a?", second, "lora_name"),
+        ("x", second + "/no", "lora_path"),
+    ):
         with pytest.raises(openai.BadRequestError) as caught:
             post("/load_lora_adapter", lora_name=name, lora_path=where)
         assert caught.value.param == param

@@ -55,6 +55,8 @@ def guided_of(request: Constrained) -> Guided | None:
     found: dict[str, Guided] = {}
     for name in ("json", "regex", "grammar", "choice"):
         value = getattr(request, f"guided_{name}")
+        if value == []:
+            raise invalid(f"guided_{name} is empty: no answer would be allowed", f"guided_{name}")
         if value is not None:
             found[f"guided_{name}"] = Guided(**{name: value})
     outputs = request.structured_outputs
@@ -65,6 +67,11 @@ def guided_of(request: Constrained) -> Guided | None:
         }  # fmt: skip
         if outputs.json_object:
             given.setdefault("json", ANY_OBJECT)
+        if not any(given.values()):
+            raise invalid(
+                "structured_outputs says no form: give one of json, regex, grammar, choice, json_object",
+                "structured_outputs",
+            )
         found["structured_outputs"] = Guided(**given)
     if request.response_format is not None and request.response_format.type != "text":
         found["response_format"] = Guided(json=_schema(request.response_format))

@@ -251,7 +251,7 @@ async def test_limits_and_names_are_checked_before_a_process_starts(start_fleet,
         assert (await running.post(LOAD, model="b"))[0] == 200
         assert says(await running.post(LOAD, model="b", name="c")) == (409, "too_many_models")
         assert (await running.post(LOAD, model="b"))[0] == 200  # in its own place
-        assert len(worker_processes()) == 2
+        await running.until(lambda: len(worker_processes()) == 2)  # the old one goes by itself
 
 
 @pytest.mark.parametrize(
@@ -324,3 +324,53 @@ async def test_the_operators_key_also_asks_models(start_fleet, script) -> None:
         headers = {"authorization": "Bearer the-admin-key"}
         async with running.session.get(running.url + "/v1/models", headers=headers) as response:
             assert response.status == 200
+
+
+async def test_an_adapter_that_is_being_loaded_is_not_lost_by_a_reload(
+    start_fleet, script, tmp_path: Path
+) -> None:
+    gate = tmp_path / "go"
+    async with start_fleet({"one": script("one@1")}, "one") as running:
+        (old,) = running.gateway.workers
+        adapter = asyncio.create_task(
+            running.post("/v1/load_lora_adapter", lora_name="late", lora_path=f"wait:{gate}")
+        )
+        await running.until(old.adapters_lock.locked)
+        reload = asyncio.create_task(running.post(RELOAD, name="one"))
+        await asyncio.sleep(0.3)  # it waits by now
+        second = asyncio.create_task(
+            running.post("/v1/load_lora_adapter", lora_name="later", lora_path="somewhere")
+        )
+        await asyncio.sleep(0.1)
+        assert not adapter.done()
+        assert not reload.done()
+        gate.touch()
+        assert (await adapter)[0] == 200
+        status, body, _ = await reload
+        assert (status, body["adapters"]) == (200, ["late"])
+        assert running.gateway.workers != [old]
+        assert (await running.post(model="late", prompt="hi"))[0] == 200
+        # Who came after the reload was told so, and can try again.
+        assert says(await second) == (409, "already_loading")
+        status, *_ = await running.post("/v1/load_lora_adapter", lora_name="later", lora_path="somewhere")
+        assert status == 200
+
+
+async def test_loading_an_adapter_wakes_a_model_and_keeps_it_awake(
+    start_fleet, script, tmp_path: Path
+) -> None:
+    gate = tmp_path / "go"
+    async with start_fleet({"one": script("one@1")}, "one", idle_seconds=0.2) as running:
+        (worker,) = running.gateway.workers
+        await running.until(lambda: worker.state == "asleep")
+        adapter = asyncio.create_task(
+            running.post("/v1/load_lora_adapter", lora_name="late", lora_path=f"wait:{gate}")
+        )
+        await running.until(lambda: worker.state == "ready")
+        await asyncio.sleep(0.6)
+        assert worker.state == "ready"
+        assert not adapter.done()
+        gate.touch()
+        assert (await adapter)[0] == 200
+        await running.until(lambda: worker.state == "asleep")
+        assert (await running.post(model="late", prompt="hi"))[0] == 200  # it woke with its adapter

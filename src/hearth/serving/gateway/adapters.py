@@ -67,11 +67,22 @@ class AdapterRoutes:
         request = decode(body, LoadAdapterRequest) if loads else decode(body, UnloadAdapterRequest)
         name = request.lora_name
         worker = self._worker_for(name, request.model, loads=loads)
+        with worker.busy(0):  # it must not fall asleep meanwhile
+            async with worker.adapters_lock:
+                status, answer = await self._change(worker, request, scope)
+        await send_bytes(send, status, answer)
+
+    async def _change(
+        self, worker: Worker, request: LoadAdapterRequest | UnloadAdapterRequest, scope: Scope
+    ) -> tuple[int, bytes]:
+        """Let ``worker`` do it; returns its answer's status and body."""
         fleet = self._models.fleet
         if fleet is not None and fleet.is_loading(worker.spec.name):
             raise HttpError(
                 409, f"{worker.spec.name!r} is being replaced; wait for it", code="already_loading"
             )
+        if worker.wakes and not await worker.wake(_TIMEOUT.total or 0.0):
+            raise unavailable(worker)
         session = worker.session
         if session is None or worker.state != "ready":
             raise unavailable(worker)
@@ -86,13 +97,15 @@ class AdapterRoutes:
                 503, f"the worker of {worker.spec.version} failed", code="worker_failed"
             ) from error
         if status == 200:
+            name = request.lora_name
             if isinstance(request, LoadAdapterRequest):
                 worker.adapters[name] = request.lora_path
+                what = "adapter loaded"
             else:
                 worker.adapters.pop(name, None)
-            what = "adapter loaded" if loads else "adapter unloaded"
+                what = "adapter unloaded"
             log.info(what, extra=logs.fields(model=worker.spec.version, adapter=name))
-        await send_bytes(send, status, answer)
+        return status, answer
 
     def _worker_for(self, name: str, model: str | None, *, loads: bool) -> Worker:
         if not loads and model is None:

@@ -111,8 +111,20 @@ class Fleet:
         Raises HttpError if it may not be loaded now (409, 503), and what the worker raises.
         """
         self._check_open()
+        current = self._life(resolved.name).current
+        if keep_adapters and current is not None:
+            # An adapter that is just being loaded is one of them; one that comes later finds a load begun.
+            async with self._members[current].worker.adapters_lock:
+                member = self._begin_load(resolved, keep_adapters=True)
+        else:
+            member = self._begin_load(resolved, keep_adapters=False)
+        await asyncio.shield(member.loaded)
+        return member.worker
+
+    def _begin_load(self, resolved: Resolved, *, keep_adapters: bool) -> _Member:
+        self._check_open()
         name = resolved.name
-        life = self._lives.get(name, Life())
+        life = self._life(name)
         with _refusals(name):
             lives.load(life, 0)  # before a process is made for it
         self._check_room(resolved)
@@ -125,8 +137,7 @@ class Fleet:
         member = self._new(resolved, spec, claimed)
         self._apply(name, lives.load(life, member.number))
         log.info("loading model", extra=logs.fields(model=resolved.version))
-        await asyncio.shield(member.loaded)
-        return member.worker
+        return member
 
     def _check_open(self) -> None:
         if self.closing.done() or self._gateway.draining:

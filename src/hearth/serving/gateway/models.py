@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from hearth.config import ServedModel
 from hearth.config.problems import describe
 from hearth.errors import ConflictError, GateError, HearthError, InputError, IntegrityError, NotFoundError
-from hearth.serving.decoding import decode
+from hearth.serving.decoding import NOT_JSON, decode, not_json
 from hearth.serving.gateway.access import Access
 from hearth.serving.gateway.fleet import Fleet, shutting_down
 from hearth.serving.gateway.supervisor import Worker
@@ -118,8 +118,8 @@ def _decode_object(body: bytes) -> dict[str, Any]:
     """A JSON object; HttpError 400 for anything else."""
     try:
         value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise HttpError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    except NOT_JSON as error:
+        raise not_json(error) from None
     if not isinstance(value, dict):
         raise HttpError(400, "the body: send a JSON object", code="invalid_value")
     return value

@@ -70,6 +70,7 @@ class Worker:
         self.problem: str | None = None
         self.facts: dict[str, Any] = {}
         self.adapters: dict[str, str] = {}  # paths by name; a restart loads them again
+        self.adapters_lock = asyncio.Lock()  # held by what changes them, and by what hands them on
         loop = asyncio.get_running_loop()
         self.first_start: asyncio.Future[None] = loop.create_future()
         self.cut: asyncio.Future[tuple[str, str]] = (
