@@ -70,6 +70,7 @@ class DecoderStack:
         if len(modules) != len(kv):
             raise Unsuited(f"{len(modules)} layers call attention {len(kv)} times")
         self.hidden_size: int = self.config.hidden_size
+        self.max_model_len = max_model_len
         tables = _RotaryTables(base, max_model_len)
         self.layers = (DecoderLayer * len(kv))(
             *(self._read_layer(module, each, tables) for module, each in zip(modules, kv, strict=True))
@@ -97,19 +98,24 @@ class DecoderStack:
                 input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
             )
         hidden_1TD = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.clone()
-        self._run(hidden_1TD.contiguous())
+        hidden_1TD = hidden_1TD.contiguous()
+        self._run(hidden_1TD)
         return BaseModelOutputWithPast(last_hidden_state=hidden_1TD)
 
     def _run(self, hidden_1TD: torch.Tensor) -> None:
         """Replace the rows of the step by what the layers make of them."""
         lib = functions()
-        attention = self.kv[0].native
+        attention, positions_T = self.kv[0].native, self.step.positions_np
         assert attention is not None
+        # What the kernels index without looking.
+        assert hidden_1TD.dtype is torch.bfloat16
+        assert hidden_1TD.shape == (1, len(positions_T), self.hidden_size)
+        assert positions_T.max() < self.max_model_len
         attention.fill_step(self.step)
         step = DecoderStep(
             num_tokens=hidden_1TD.shape[1],
             hidden_size=self.hidden_size,
-            positions=self.step.positions_np.ctypes.data,
+            positions=positions_T.ctypes.data,
             hidden=hidden_1TD.data_ptr(),
             attention=attention.args,
         )

@@ -176,6 +176,8 @@ void accumulate_amx(const Tile& tile, const Run& run, bf16* tail) {
     if (tokens % 2)
       for (int e = 0; e < tile.E; e++) tail[written + 2 * e] = values[last][written + 2 * e];
     values[last] = tail;
+    // g++ 12 does not know that a tile load reads memory: what was written here must be there before.
+    __asm__ volatile("" ::: "memory");
   }
   for (int e = 0; e < tile.E; e += 32) {
     for (int r = 0; r < tile.padded_rows; r += 32) {
