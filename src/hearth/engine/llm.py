@@ -87,6 +87,7 @@ class Engine:
         self.scheduler.max_num_scores = max_positions(self.vocab_size)
         self._sequences: dict[tuple[str, int], Sequence | EmbeddingSequence] = {}
         self._selections: dict[str, BestOf] = {}
+        self._late: list[RequestOutput] = []  # the last of sequences that an interrupt ended
         self.adapters = AdapterSet(model, config.max_adapters)
         self._seeds = np.random.Generator(np.random.Philox(config.seed))
         self._request_ids = (f"request-{i}" for i in itertools.count())
@@ -229,18 +230,25 @@ class Engine:
     def abort(self, request_id: str) -> list[RequestOutput]:
         """End a request and free its blocks; unknown ids are ignored. Returns the final outputs."""
         keys = [key for key in self._sequences if key[0] == request_id]
-        return self._select([self._end(self._sequences[key], "abort") for key in keys])
+        late = [output for output in self._late if output.request_id == request_id]
+        self._late = [output for output in self._late if output.request_id != request_id]
+        return late + self._select([self._end(self._sequences[key], "abort") for key in keys])
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        """Whether `step` has something to compute or to tell."""
+        return self.scheduler.has_work or bool(self._late)
 
     def step(self) -> list[RequestOutput]:
         """Compute one plan; what each of its sequences gained.
 
         An exception inside the model or the sampler ends the requests of the plan with finish_reason
-        "error", and the engine goes on. So it does after a KeyboardInterrupt, which is passed on.
+        "error", and the engine goes on. So it does after a KeyboardInterrupt, which is passed on; the next
+        call tells what became of the requests that it hit.
         """
+        if self._late:
+            late, self._late = self._late, []
+            return late
         if self.leader is not None:
             self.leader.check()
         if self.speculator is not None:
@@ -258,30 +266,31 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - whatever broke, the other requests must live
             return self._select(self._fail(plan, error))
         except BaseException:  # Ctrl-C
-            self._drop(plan, "abort")
+            self._late = self._select(self._drop(plan, "abort"))
             raise
         self.scheduler.costs.observe(plan, time.perf_counter() - started)
         if self.speculator is not None:
             self.speculator.observe(plan, chosen)
-        return self._select([self._settle(each) for each in chosen] + embedded)
+        outputs = [self._settle(each) for each in chosen] + [self._end(each, "stop") for each in embedded]
+        return self._select(outputs)
 
     def _sequence(self, request: Request) -> Sequence:
         sequence = self._sequences[request.key]
         assert isinstance(sequence, Sequence)
         return sequence
 
-    def _pool(self, plan: Plan) -> list[RequestOutput]:
-        """Hand the hidden states of a step to the prompts that are embedded; the outputs of those done."""
-        outputs, first = [], 0
+    def _pool(self, plan: Plan) -> list[EmbeddingSequence]:
+        """Hand the hidden states of a step to the prompts that are embedded; those that are done."""
+        done, first = [], 0
         for row in plan.rows:
             sequence = self._sequences.get(row.request.key)
             if isinstance(sequence, EmbeddingSequence):
                 assert self.runner.hidden_TD is not None
                 sequence.take(row.start, self.runner.hidden_TD[first : first + row.num_tokens])
                 if sequence.is_complete:
-                    outputs.append(self._end(sequence, "stop"))
+                    done.append(sequence)
             first += row.num_tokens
-        return outputs
+        return done
 
     def _select(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
         """Hold back the outputs of requests with best_of until the best ones are known."""
