@@ -128,6 +128,28 @@ def test_reasoning_and_calls_streamed_and_whole(client: OpenAI) -> None:
     assert len(one["calls"]) == 1
 
 
+def test_plain_chat_tells_reasoning_apart(client: OpenAI) -> None:
+    request = {
+        "message": "hello", "seed": 5, "max_tokens": 60, "n": 2,
+        "guided_regex": "<think>\n[a-c]{5}\n</think>\n\n[x-z]{4}",
+    }  # fmt: skip
+    whole = client.post("/../chat", body=request, cast_to=object)
+    assert re.fullmatch("[x-z]{4}", whole["text"])
+    assert re.fullmatch("[a-c]{5}", whole["reasoning"])
+    assert [set(choice) for choice in whole["choices"]] == [{"text", "reasoning", "finish_reason"}] * 2
+    streamed = [{"text": "", "reasoning": "", "finish_reason": None} for _ in range(2)]
+    text = client.post("/../chat", body={**request, "stream": True}, cast_to=str)
+    for line in text.splitlines():
+        if line.startswith("data: {"):
+            event = json.loads(line.removeprefix("data: "))
+            if "usage" not in event:
+                choice = streamed[event.get("index", 0)]
+                choice["finish_reason"] = event.get("finish_reason") or choice["finish_reason"]
+                for name in ("text", "reasoning"):
+                    choice[name] += event.get(name, "")
+    assert streamed == whole["choices"]
+
+
 def test_without_tools_a_call_is_text(client: OpenAI) -> None:
     for extra in ({}, {"tools": TOOLS, "tool_choice": "none"}):
         answer = chat(client, **extra, extra_body={"guided_regex": SAYS_AND_CALLS}).choices[0]
