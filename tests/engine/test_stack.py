@@ -13,11 +13,17 @@ from hearth.engine.runner import distance
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.why_not()}")
 
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+# Queries grow beyond position 128, of which a short text shows nothing.
+SCALED_QUERIES = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "original_max_position_embeddings": 128, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
 # What else a layer does, the reading cannot see, and the comparison must.
 OTHER = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3}
 UNSUITED: dict[str, tuple[dict[str, Any], str]] = {
     "granite": ({**OTHER, "residual_multiplier": 0.4, "attention_multiplier": 0.2}, "differ from its own by"),
-    "glm": ({**HEADS, "partial_rotary_factor": 0.5, "pad_token_id": 0}, "differ from its own by"),
+    "glm": ({**HEADS, "partial_rotary_factor": 0.5, "pad_token_id": 0}, "are not merely rotated"),
+    "ministral3": ({**OTHER, "rope_parameters": SCALED_QUERIES}, "queries at position 255 are not merely"),
     "mixtral": ({**OTHER, "num_local_experts": 4}, "MixtralSparseMoeBlock"),
     "cohere": (OTHER, "CohereLayerNorm is no norm"),
 }
