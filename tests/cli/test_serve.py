@@ -54,6 +54,8 @@ def test_a_port_in_use_is_found_before_anything_is_loaded(model_dir: Path, works
         (("x", "--port", "99999"), "port"),
         (("x", "--dtype", "int3"), "dtype"),
         (("x", "--api-key", "short"), "fewer than 8 characters"),
+        (("x", "y", "--max-models", "1"), "max_models is 1"),
+        (("x", "--idle-unload-seconds", "-1"), "idle_unload_seconds"),
         (("--config", "absent.yaml"), "absent.yaml"),
         (("x", "--host", "203.0.113.7"), "cannot listen"),
     ],

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     help="A key that clients must send; repeatable. $HEARTH_SERVE__API_KEYS shows in no process list.",
 )  # fmt: skip
 @click.option("--require-api-keys", is_flag=True, default=None, help="Ask for a key of the workspace.")
+@click.option("--max-models", type=int, help="Models that may be loaded at once.")
+@click.option(
+    "--idle-unload-seconds", type=float,
+    help="Seconds after which a model that nobody asks gives its memory back.  [default: never]",
+)  # fmt: skip
 @click.option(
     "--allow-ungated", is_flag=True, default=None, help="Serve versions without a passed parity gate."
 )
@@ -56,6 +61,9 @@ def serve(models: tuple[str, ...], config_path: Path | None, as_json: bool, **op
     MODEL is name, name@version, name@alias, a directory in Hugging Face format or hf:org/name. A version
     is served if its files are whole and it has passed the parity gate (`hearth parity`). Ctrl-C lets open
     requests finish, a second Ctrl-C does not.
+
+    `hearth models load|reload|unload` change what it serves while it runs; $HEARTH_SERVE__ADMIN_KEY is the
+    operator's key for that, and for loading adapters. Further settings: `hearth config schema --for serve`.
     """
     from hearth.config import ServeConfig, load_settings
     from hearth.serving.run import serve as run_server
