@@ -128,6 +128,16 @@ def test_reasoning_and_calls_streamed_and_whole(client: OpenAI) -> None:
     assert len(one["calls"]) == 1
 
 
+def test_tools_nested_without_end_are_refused(client: OpenAI) -> None:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(400):
+        schema = {"type": "object", "properties": {"a": schema}}
+    function = {"name": "f", "parameters": schema}
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, tools=[{"type": "function", "function": function}], max_tokens=2)
+    assert caught.value.param == "tools"
+
+
 def test_plain_chat_tells_reasoning_apart(client: OpenAI) -> None:
     request = {
         "message": "hello", "seed": 5, "max_tokens": 60, "n": 2,
