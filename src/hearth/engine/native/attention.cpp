@@ -25,10 +25,10 @@ inline __m512 exp2_ps(__m512 x) {
   return _mm512_scalef_ps(p, x);  // times 2^floor(x)
 }
 
-// cap * tanh(x), by 1 - 2 / (1 + e^2x).
+// cap * tanh(x), by 1 - 2 / (1 + e^2x). NaN stays NaN: of an extreme with NaN the processor takes the second operand.
 inline __m512 cap_ps(__m512 x, __m512 cap) {
   const __m512 limit = _mm512_set1_ps(15.0f);
-  x = _mm512_max_ps(_mm512_min_ps(x, limit), _mm512_sub_ps(_mm512_setzero_ps(), limit));
+  x = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), _mm512_min_ps(limit, x));
   const __m512 one = _mm512_set1_ps(1.0f), e = exp2_ps(_mm512_mul_ps(x, _mm512_set1_ps(2 * LOG2E)));
   const __m512 part = _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(one, e));
   return _mm512_mul_ps(cap, _mm512_sub_ps(one, part));

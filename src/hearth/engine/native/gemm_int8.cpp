@@ -1,5 +1,4 @@
 // int8 and int4 weights: the input in 15 bits as two bytes, exact sums in int32, one scale at the end.
-#include <cmath>
 #include <cstring>
 
 #include "gemm_inner.h"
@@ -13,15 +12,10 @@ constexpr float LARGEST = 127 * 128;  // of a quantised input: high and low then
 // One row: into row `r` of tiles of 64 k each.
 void quantise_row(const bf16* x, int64_t K, int64_t num_k_tiles, uint8_t* to, float* step, int32_t* sum_high,
                   int32_t* sum_low) {
-  const __m512 no_sign = _mm512_castsi512_ps(_mm512_set1_epi32(0x7FFFFFFF));
-  __m512 top = _mm512_setzero_ps();
-  __mmask16 nan = 0;
-  for (int64_t k = 0; k < K; k += 16) {
-    const __m512 value = _mm512_and_ps(widen(_mm256_maskz_loadu_epi16(mask16(K - k), x + k)), no_sign);
-    nan |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    top = _mm512_max_ps(top, value);
-  }
-  const float largest = nan ? NAN : _mm512_reduce_max_ps(top);
+  __m512i top = _mm512_setzero_si512();
+  for (int64_t k = 0; k < K; k += 16)
+    top = max_magnitude(top, widen(_mm256_maskz_loadu_epi16(mask16(K - k), x + k)));
+  const float largest = reduce_magnitude(top);
   const __m512 inverse = _mm512_set1_ps(largest > 0 ? LARGEST / largest : 0.0f);
   __m512i highs = _mm512_setzero_si512(), lows = highs;
   for (int64_t t = 0; t < num_k_tiles; ++t, to += PAIR_BYTES)
