@@ -261,6 +261,8 @@ async def test_limits_and_names_are_checked_before_a_process_starts(start_fleet,
         (LOAD, {"model": "a", "dtyp": "float32"}, 400, "dtyp"),
         (LOAD, {"model": "a", "dtype": "int3"}, 400, "dtype"),
         (LOAD, {"model": 3}, 400, "model"),
+        (LOAD, {"model": "a", "name": "x\ny"}, 400, "printable"),
+        (LOAD, {"model": "a", "name": ""}, 400, "printable"),
         (LOAD, [1], 400, "object"),
         (UNLOAD, {}, 400, "name"),
         (UNLOAD, {"name": "x" * 500}, 404, "xxx"),
@@ -274,6 +276,8 @@ async def test_bad_bodies_are_told_what_is_wrong(start_fleet, path, body, status
         assert response.status == status, error
         assert names in error["message"]
         assert len(error["message"]) < 400
+        if status == 400 and path == LOAD and isinstance(body, dict):
+            assert error["param"] in ("model", "name", "dtype", *body)
 
 
 async def test_a_model_that_is_not_used_sleeps_and_wakes(start_fleet, script) -> None:

@@ -111,7 +111,9 @@ def _entry(body: bytes) -> ServedModel:
         return ServedModel.model_validate(value)
     except ValidationError as error:
         problems = describe(ServedModel, error, value, lambda _key: None)
-        raise HttpError(400, "; ".join(problems), code="invalid_value") from None
+        places = {str(each["loc"][0]) for each in error.errors() if each["loc"]}
+        param = places.pop() if len(places) == 1 else None
+        raise HttpError(400, "; ".join(problems), param=param, code="invalid_value") from None
 
 
 def _decode_object(body: bytes) -> dict[str, Any]:
