@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from hearth.engine import Engine, Guided, SamplingParams
+from hearth.engine import Engine, Guided, SamplingParams, llm
 from hearth.engine.outputs import EngineStats, RequestOutput
+from hearth.engine.plan import Plan
 
 # PEFT reads a property that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -176,22 +178,51 @@ class Faults:
     """Breaks a step now and then, at different places, if ``rate`` is above 0."""
 
     def __init__(self, engine: Engine, rng: random.Random, rate: float) -> None:
-        self.engine, self.rng, self.rate = engine, rng, rate
-        self.failed: set[str] = set()
-        self.execute = engine.runner.execute
-        if rate:
-            engine.runner.execute = self._execute  # type: ignore[method-assign]
+        self.rng, self.rate = rng, rate
+        self.failed: set[str] = set()  # requests that were in a plan that broke
+        self.execute, self.choose = engine.runner.execute, llm.choose
+        self.propose = None if engine.speculator is None else engine.speculator.drafter.propose
 
-    def _execute(self, plan: Any) -> Any:
-        if self.rng.random() >= self.rate:
+    @contextmanager
+    def injected(self, engine: Engine) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            if self.rate:
+                patch.setattr(engine.runner, "execute", self._execute)
+                patch.setattr(llm, "choose", self._choose)
+                if engine.speculator is not None:
+                    patch.setattr(engine.speculator.drafter, "propose", self._propose)
+            yield
+
+    def _strikes(self, plan: Plan) -> bool:
+        strikes = self.rng.random() < self.rate / 2
+        if strikes:
+            self.failed |= {row.request.request_id for row in plan.rows}
+        return strikes
+
+    def _execute(self, plan: Plan) -> torch.Tensor:
+        if not self._strikes(plan):
             return self.execute(plan)
-        self.failed |= {row.request.request_id for row in plan.rows}
-        kind = self.rng.choice((MemoryError, RuntimeError, KeyboardInterrupt, "nan"))
-        if kind == "nan":
+        kind = self.rng.choice((MemoryError, RuntimeError, KeyboardInterrupt, None))
+        if kind is None:
             return torch.full_like(self.execute(plan), float("nan"))
         if self.rng.random() < 0.5:
             self.execute(plan)
         raise kind("as the test wants it")
+
+    def _choose(self, plan: Plan, *arguments: Any) -> Any:
+        """Sequences have gained tokens by then, and nobody was told."""
+        chosen = self.choose(plan, *arguments)
+        if self._strikes(plan):
+            raise self.rng.choice((MemoryError, KeyboardInterrupt))("as the test wants it")
+        return chosen
+
+    def _propose(self, *arguments: Any) -> bool:
+        """An interrupt between two steps hits nobody; drafts and their blocks are left behind."""
+        assert self.propose is not None
+        usual = self.propose(*arguments)
+        if self.rng.random() < self.rate:
+            raise KeyboardInterrupt
+        return usual
 
 
 def serve_together(
@@ -202,22 +233,25 @@ def serve_together(
     Returns the results and the names of those that were aborted or that a fault may have hit.
     """
     faults = Faults(engine, rng, fault_rate)
+    by_name = {wish.name: wish for wish in wishes}
     results: Results = {}
-    waiting, disturbed = list(wishes), set()
-    while waiting or engine.has_work:
-        while waiting and rng.random() < 0.35:
-            add(engine, waiting.pop(0))
-        if rng.random() < 0.03 and engine._sequences:
-            name = rng.choice([key[0] for key in engine._sequences])
-            disturbed.add(name)
-            take(results, engine.abort(name))
-        try:
-            take(results, engine.step())
-        except KeyboardInterrupt:
-            disturbed |= faults.failed
-        check(engine)
-    engine.runner.execute = faults.execute  # type: ignore[method-assign]
-    return results, disturbed | faults.failed
+    waiting, aborted = list(wishes), set()
+    with faults.injected(engine):
+        while waiting or engine.has_work:
+            while waiting and rng.random() < 0.35:
+                add(engine, waiting.pop(0))
+            if rng.random() < 0.05 and engine._sequences:
+                name = rng.choice([key[0] for key in engine._sequences])
+                take(results, engine.abort(name))
+                aborted.add(name)
+                if rng.random() < 0.5:  # its id is free at once
+                    results = {key: got for key, got in results.items() if key[0] != name}
+                    aborted.discard(name)
+                    add(engine, by_name[name])
+            with suppress(KeyboardInterrupt):
+                take(results, engine.step())
+            check(engine)
+    return results, aborted | faults.failed
 
 
 def check(engine: Engine) -> None:
