@@ -86,7 +86,7 @@ class Positions:
         ids = torch.full((1, len(self.positions)), vocab_size // 2)
         _calls.clear()
         with attention(model, _OBSERVER), torch.inference_mode():
-            model.base_model(input_ids=ids, position_ids=torch.tensor([self.positions]), use_cache=False)
+            model(input_ids=ids, position_ids=torch.tensor([self.positions]), use_cache=False)
         self._seen = {module: tensors for module, *tensors in _calls}
         _calls.clear()
 
