@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -259,6 +260,7 @@ def check(engine: Engine) -> None:
     requests = {request.key for request in engine.scheduler.requests}
     assert requests == set(engine._sequences), "a sequence that nobody computes, or that nobody reads"
     assert {key[0] for key in requests} >= set(engine._selections)
+    assert engine._num_open == Counter(key[0] for key in requests)
     wanted = {request.adapter_hash for request in engine.scheduler.requests} - {b""}
     assert wanted <= set(engine.adapters._loaded)
 

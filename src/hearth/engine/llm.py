@@ -86,6 +86,7 @@ class Engine:
         )
         self.scheduler.max_num_scores = max_positions(self.vocab_size)
         self._sequences: dict[tuple[str, int], Sequence | EmbeddingSequence] = {}
+        self._num_open: Counter[str] = Counter()  # of them, by request id
         self._selections: dict[str, BestOf] = {}
         self._late: list[RequestOutput] = []  # the last of sequences that an interrupt ended
         self.adapters = AdapterSet(model, config.max_adapters)
@@ -152,6 +153,7 @@ class Engine:
                 grammar = self.grammars.start(params.guided, params.stop_token_ids)
             request = Request(request_id, index, prompt, params, max_new_tokens, adapter_hash=adapter_hash)
             request.skip_prefix = request.wants_scores
+            self._num_open[request_id] += 1
             self._sequences[request.key] = Sequence(
                 request,
                 SamplingState(params, prompt, index, self.eos_ids, fallback_seed, grammar),
@@ -177,12 +179,13 @@ class Engine:
         pooling = pooling_of(self.path, pooling)
         request = Request(request_id, 0, prompt, SamplingParams(), 0, pooling=pooling)
         request.skip_prefix = pooling != "last"
+        self._num_open[request_id] += 1
         self._sequences[request.key] = EmbeddingSequence(request, normalize=normalize)
         self.scheduler.add(request)
         self._num_prompt_tokens += len(prompt)
 
     def _check_id(self, request_id: str) -> None:
-        if any(key[0] == request_id for key in self._sequences):
+        if self._num_open[request_id]:
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")
 
     def _check_params(self, params: SamplingParams) -> None:
@@ -329,6 +332,9 @@ class Engine:
         if request.adapter_hash:
             self._collect_adapters()
         del self._sequences[request.key]
+        self._num_open[request.request_id] -= 1
+        if not self._num_open[request.request_id]:
+            del self._num_open[request.request_id]
         return sequence.flush_output()
 
     def _reject(self, sequence: Sequence, error: str) -> RequestOutput:
