@@ -44,6 +44,20 @@ def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
 
 
+async def test_an_id_is_free_at_once_when_its_request_is_left(engine: AsyncEngine) -> None:
+    expected = await collect(engine, "dog", greedy(20))
+    for _ in range(5):
+        async with contextlib.aclosing(engine.generate("fox", greedy(150), request_id="mine")) as stream:
+            assert (await anext(stream)).request_id == "mine"
+        text, tokens = "", []
+        async with contextlib.aclosing(engine.generate("dog", greedy(20), request_id="mine")) as stream:
+            async for output in stream:
+                assert output.request_id == "mine"
+                text += output.text
+                tokens += output.token_ids
+        assert (text, tokens, output.finish_reason) == expected
+
+
 async def test_life_of_an_engine(engine: AsyncEngine, model_dir: Path) -> None:
     """One process for several checks, because starting one takes seconds."""
     assert engine.is_alive
