@@ -378,11 +378,13 @@ class Engine:
                 self.add_request(name, prompt_ids, param)
                 for index in range(param.n):
                     completions[name, index] = start_completion(prompt, prompt_ids, index, param)
-            while any(not completion.finish_reason for completion in completions.values()):
+            unfinished = len(completions)
+            while unfinished:
                 for output in self.step():
                     completion = completions.get((output.request_id, output.index))
                     if completion is not None:
                         extend_completion(completion, output)
+                        unfinished -= output.finished
         except BaseException:
             for name in names:
                 self.abort(name)
