@@ -77,7 +77,7 @@ inline void panel_int8(const uint8_t* a, const uint8_t* w, int64_t num_k_tiles, 
     for (int block = 0; block < 2; ++block, w += TILE_BYTES)
 #pragma GCC unroll 16
       for (int q = 0; q < 16; ++q) {
-        _mm_prefetch((const char*)w + q * 64 + PREFETCH_AHEAD, _MM_HINT_T0);
+        prefetch(w + q * 64);
         multiply<R>(a + q * 4, _mm512_load_si512(w + q * 64), high, low, block);
       }
 }
@@ -92,7 +92,7 @@ inline void panel_int4(const uint8_t* a, const uint8_t* w, int64_t num_k_tiles, 
       const Group first_half(groups), second_half(groups + group_bytes - 32);
 #pragma GCC unroll 8
       for (int q = 0; q < 8; ++q) {
-        _mm_prefetch((const char*)w + q * 64 + PREFETCH_AHEAD, _MM_HINT_T0);
+        prefetch(w + q * 64);
         const __m512i v = _mm512_load_si512(w + q * 64);
         multiply<R>(a + q * 4, first_half.bytes(low_nibbles(v)), high, low, block);
         multiply<R>(a + q * 4 + 32, second_half.bytes(high_nibbles(v)), high, low, block);
@@ -150,7 +150,7 @@ void unpack_int4(const GemmArgs& args, int64_t column, uint8_t* panel) {
   for (int64_t t = 0; t < num_tiles; ++t, w += TILE_BYTES / 2, panel += TILE_BYTES, groups += step) {
     const Group first_half(groups), second_half(groups + step - 32);
     for (int q = 0; q < 8; ++q) {
-      _mm_prefetch((const char*)w + q * 64 + PREFETCH_AHEAD, _MM_HINT_T0);
+      prefetch(w + q * 64);
       const __m512i v = _mm512_load_si512(w + q * 64);
       _mm512_store_si512(panel + q * 64, first_half.bytes(low_nibbles(v)));
       _mm512_store_si512(panel + (q + 8) * 64, second_half.bytes(high_nibbles(v)));
