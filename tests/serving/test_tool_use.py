@@ -153,7 +153,7 @@ def test_an_answer_has_one_form() -> None:
         guided_of(chat(response_format={"type": "json_schema"}))
     with pytest.raises(RequestError, match="not empty"):
         guided_of(chat(guided_regex=""))
-    with pytest.raises(RequestError, match="exactly one form"):
+    with pytest.raises(HttpError, match="guided_choice is empty"):
         guided_of(chat(guided_choice=[]))
 
 
