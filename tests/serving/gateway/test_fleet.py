@@ -134,6 +134,25 @@ async def test_reload_resolves_the_reference_again(start_fleet, script) -> None:
         assert (await running.post(LOAD, model="m"))[1]["adapters"] == []  # this says what it wants
 
 
+async def test_reload_takes_the_adapters_that_are_held_not_those_of_the_start(start_fleet, script) -> None:
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    async with start_fleet({"m": script("m@1"), "n": script("n@1")}) as running:
+        adapters = {"kept": "a", "gone": "b", "moved": "old"}
+        assert (await running.post(LOAD, model="m", adapters=adapters))[0] == 200
+        for name in ("gone", "moved"):
+            assert (await running.post(unload, lora_name=name))[0] == 200
+        assert (await running.post(load, lora_name="moved", lora_path="new"))[0] == 200
+        assert (await running.post(LOAD, model="n", adapters={"gone": "c"}))[0] == 200  # the name is free
+        for _ in range(2):  # the second has the first as what it replaces
+            assert (await running.post(RELOAD, name="m"))[0] == 200
+            assert running.gateway.route("m").adapters == {"kept": "a", "moved": "new"}
+        assert running.gateway.route("gone").spec.name == "n"
+        assert says(await running.post(LOAD, model="m", adapters=adapters)) == (409, "name_taken")
+        adapters["gone again"] = adapters.pop("gone")
+        assert (await running.post(LOAD, model="m", adapters=adapters))[0] == 200
+        assert running.gateway.route("m").adapters == adapters  # a load says what it wants
+
+
 async def test_unloading_lets_open_requests_finish(start_fleet, script) -> None:
     async with start_fleet({"m": script("m@1"), "n": script("n@1")}, "m", "n") as running:
         worker = running.gateway.route("m")
