@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import os
 import signal
 import socket
@@ -29,6 +30,8 @@ from hearth.engine.outputs import Embedding, EngineStats, RequestOutput
 from hearth.engine.params import SamplingParams, check_prompt
 from hearth.errors import EngineDeadError, EngineError, HearthError, RequestError
 from hearth.threads import limit_spinning
+
+logger = logging.getLogger(__name__)
 
 _KILL_AFTER = 5.0  # seconds that a process may take to leave after it was asked to
 
@@ -123,6 +126,10 @@ class AsyncEngine:
                 self._last_heard = time.monotonic()
                 self._take(wire.decode_event(body))
         except (OSError, asyncio.IncompleteReadError):
+            self._die()
+        except Exception:  # a client that has gone deaf would leave every request waiting
+            logger.exception("an event of the engine process cannot be read; the process is ended")
+            self._process.kill()
             self._die()
 
     def _take(self, event: wire.Event) -> None:

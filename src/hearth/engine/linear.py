@@ -9,7 +9,6 @@ Legend: M rows of input, N outputs, K inputs of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -31,8 +30,6 @@ _GROUP = 64
 # The attribute of a linear layer that must stay as it is, because the model reads its weight itself.
 KEEP = "_hearth_keep_linears"
 
-Delta = Callable[[torch.Tensor, torch.Tensor], None]
-
 
 class Product(Protocol):
     """x [..., K] -> [..., N], bias included."""
@@ -43,9 +40,7 @@ class Product(Protocol):
 class PackedLinear(nn.Module):
     """A linear layer from a packed weight. Of its ``weight`` only type and shape can be read.
 
-    name: the layer's qualified name in the model.
     native: the weight as the compiled kernels take it; None if another product is in use.
-    delta: called as ``delta(x [..., K], out [..., N])`` after the product, to add to ``out`` in place.
     """
 
     def __init__(
@@ -55,23 +50,17 @@ class PackedLinear(nn.Module):
         *,
         weights: str = "auto",
         use_native: bool = True,
-        name: str = "",
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight_NK.shape
         # On the meta device: asking for dtype or shape works, computing with it fails loudly.
         self.weight = torch.empty_like(weight_NK, device="meta")
         self.bias = None if bias_N is None else bias_N.detach()
-        self.name = name
-        self.delta: Delta | None = None
         self.product = _choose_product(weight_NK.detach(), self.bias, weights, use_native)
         self.native = self.product if isinstance(self.product, NativeWeight) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.product.multiply(x)
-        if self.delta is not None:
-            self.delta(x, out)
-        return out
+        return self.product.multiply(x)
 
     def extra_repr(self) -> str:
         return (
@@ -157,10 +146,8 @@ class TorchInt4:
         return out if self.bias is None else out + self.bias
 
 
-def can_pack(dtype: torch.dtype, device: torch.device, weights: str = "auto") -> bool:
-    """Whether packed weights are possible and worth it here."""
-    if weights != "auto":
-        return dtype.is_floating_point
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether packing weights as they are is possible and worth it here."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
@@ -182,16 +169,16 @@ def pack_linears(model: nn.Module, *, weights: str = "auto", use_native: bool = 
     whose weights are stacked in one parameter are no linear layers, and stay as they are.
     """
     places = [  # holds no layer: each must go when it is replaced
-        (module, name, f"{path}.{name}" if path else name, child is _head(model))
-        for path, module in model.named_modules()
+        (module, name, child is _head(model))
+        for module in model.modules()
         for name, child in module.named_children()
         if type(child) in (nn.Linear, Conv1D) and not getattr(child, KEEP, False)
     ]
     files = MappedFiles()
-    for module, name, path, is_head in places:
+    for module, name, is_head in places:
         kind = "int8" if is_head and weights == "int4" else weights
         original = getattr(module, name)
-        setattr(module, name, _pack(original, weights=kind, use_native=use_native, name=path))
+        setattr(module, name, _pack(original, weights=kind, use_native=use_native))
         files.release(original.weight)
         del original
     return len(places)
@@ -202,8 +189,8 @@ def _head(model: nn.Module) -> object:
     return None if find is None else find()
 
 
-def _pack(layer: nn.Linear | Conv1D, *, weights: str, use_native: bool, name: str) -> PackedLinear:
+def _pack(layer: nn.Linear | Conv1D, *, weights: str, use_native: bool) -> PackedLinear:
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, torch.Tensor)
     weight_NK = weight.t() if type(layer) is Conv1D else weight
-    return PackedLinear(weight_NK, bias, weights=weights, use_native=use_native, name=name)
+    return PackedLinear(weight_NK, bias, weights=weights, use_native=use_native)

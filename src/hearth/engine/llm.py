@@ -246,8 +246,9 @@ class Engine:
         """Compute one plan; what each of its sequences gained.
 
         An exception inside the model or the sampler ends the requests of the plan with finish_reason
-        "error", and the engine goes on. So it does after a KeyboardInterrupt, which is passed on; the next
-        call tells what became of the requests that it hit.
+        "error", and the engine goes on. So it does after a KeyboardInterrupt there, which is passed on; the
+        next call tells what became of the requests that it hit. (Between plans a KeyboardInterrupt may leave
+        requests half told: close the engine then. An engine process ignores it.)
         """
         if self._late:
             late, self._late = self._late, []
@@ -274,7 +275,7 @@ class Engine:
         self.scheduler.costs.observe(plan, time.perf_counter() - started)
         if self.speculator is not None:
             self.speculator.observe(plan, chosen)
-        outputs = [self._settle(each) for each in chosen] + [self._end(each, "stop") for each in embedded]
+        outputs = [self._settle(each) for each in chosen] + [self._end_embedding(each) for each in embedded]
         return self._select(outputs)
 
     def _sequence(self, request: Request) -> Sequence:
@@ -337,8 +338,13 @@ class Engine:
             del self._num_open[request.request_id]
         return sequence.flush_output()
 
-    def _reject(self, sequence: Sequence, error: str) -> RequestOutput:
-        """End a sequence for which there was no token to choose; nobody may reuse its blocks."""
+    def _end_embedding(self, sequence: EmbeddingSequence) -> RequestOutput:
+        if sequence.is_finite:
+            return self._end(sequence, "stop")
+        return self._reject(sequence, "the model computed NaN or infinity for this text")
+
+    def _reject(self, sequence: Sequence | EmbeddingSequence, error: str) -> RequestOutput:
+        """End a sequence that the model computed no numbers for; nobody may reuse its blocks."""
         self.pool.forget(sequence.request.live_block_ids)
         output = self._end(sequence, "error")
         output.error = error

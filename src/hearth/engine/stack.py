@@ -158,7 +158,7 @@ class DecoderStack:
         if getattr(attention, "use_rope", True):
             cos, sin = turns = tables.of(getattr(attention, "layer_idx", None))
             self._alive += [cos, sin]
-            result.rotary_dim, result.num_positions = 2 * cos.shape[1], cos.shape[0]
+            result.rotary_dim = 2 * cos.shape[1]
             result.cos, result.sin = cos.data_ptr(), sin.data_ptr()
         positions.check(attention, turns)
         self._read_mlp(mlp, result)
@@ -302,6 +302,7 @@ def install(
 
     Uses the first blocks, so it must run before any request.
     """
+    stack: DecoderStack | None = None
     try:
         if model.dtype is not torch.bfloat16 or model.device.type != "cpu":
             raise Unsuited(f"the kernels compute bfloat16 on a CPU, not {model.dtype} on {model.device.type}")
@@ -314,12 +315,15 @@ def install(
         )
         error = max(errors)
         if not error <= _TOLERANCE:
-            stack.remove()
             raise Unsuited(f"its layers as the kernels read them differ from its own by {error:.1%}")
+        return stack
     except Unsuited as reason:
         logger.info("%s runs module by module: %s", type(model).__name__, reason)
-        return None
-    return stack
+    except Exception:  # a model that is built unlike any other still runs by its own modules
+        logger.warning("%s runs module by module: reading it failed", type(model).__name__, exc_info=True)
+    if stack is not None:
+        stack.remove()
+    return None
 
 
 def _observe(runner: Runner, vocab_size: int, max_model_len: int) -> list[torch.Tensor]:

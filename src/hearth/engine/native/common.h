@@ -30,7 +30,7 @@ class TileGuard {
 
 // Memory of this thread, aligned to 64 bytes, kept between calls; a second call with the same slot may move
 // it. Slots are the user's: one per purpose that is alive at the same time.
-enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_C, SCRATCH_ATTENTION, SCRATCH_DECODER, NUM_SCRATCH_SLOTS };
+enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_C, SCRATCH_ATTENTION, NUM_SCRATCH_SLOTS };
 void* scratch(ScratchSlot slot, size_t num_bytes);
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
