@@ -134,6 +134,27 @@ async def test_reload_resolves_the_reference_again(start_fleet, script) -> None:
         assert (await running.post(LOAD, model="m"))[1]["adapters"] == []  # this says what it wants
 
 
+async def test_reload_means_what_is_served_not_what_failed_to_replace_it(start_fleet, script) -> None:
+    broken = script("m@2", ("--fail-with", "no weights"))
+    async with start_fleet({"m:a": script("m@1"), "m:b": broken}, "m:a") as running:
+        pid = running.gateway.route("m").pid
+        assert says(await running.post(LOAD, model="m:b")) == (400, "load_failed")
+        assert await rows(running) == [("m", "m@1", "ready"), ("m", "m@2", "failed")]
+        status, body, _ = await running.post(RELOAD, name="m")
+        assert (status, body.get("version")) == (200, "m@1"), body
+        assert running.gateway.route("m").pid != pid
+        assert ("m", "m@2", "failed") not in await rows(running)
+
+
+async def test_reload_tries_a_model_again_that_has_never_been_ready(start_fleet, script) -> None:
+    scripts = {"m": script("m@1", ("--fail-with", "no weights"))}
+    async with start_fleet(scripts) as running:
+        assert says(await running.post(LOAD, model="m")) == (400, "load_failed")
+        scripts["m"] = script("m@2")
+        status, body, _ = await running.post(RELOAD, name="m")
+        assert (status, body.get("version")) == (200, "m@2"), body
+
+
 async def test_reload_takes_the_adapters_that_are_held_not_those_of_the_start(start_fleet, script) -> None:
     load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
     async with start_fleet({"m": script("m@1"), "n": script("n@1")}) as running:

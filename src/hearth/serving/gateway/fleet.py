@@ -270,8 +270,11 @@ class Fleet:
                     return worker.spec.name
         return name
 
-    def wanted(self, name: str) -> Resolved:
-        """What was last asked for as ``name``; HttpError 404."""
+    def to_reload(self, name: str) -> Resolved:
+        """What is served as ``name``, or, if nothing is, what was last asked for; HttpError 404."""
+        current = self._life(name).current
+        if current is not None:
+            return self._members[current].resolved
         with _refusals(name):
             if name not in self._wanted:
                 raise Refused("model_not_found", "it is not loaded")

@@ -70,7 +70,7 @@ class ModelRoutes:
     async def _reload(self, body: bytes) -> dict[str, Any]:
         """Resolve the reference again: an alias may have moved, files of a directory may have changed."""
         name = self._fleet.main_name(decode(body, Named).name)
-        known = self._fleet.wanted(name)
+        known = self._fleet.to_reload(name)
         resolved = await self._find(known.entry)
         return _facts(await self._fleet.load(resolved, keep_adapters=True))
 
