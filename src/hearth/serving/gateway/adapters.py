@@ -19,6 +19,7 @@ from hearth.serving.http import (
     read_json_body,
     send_bytes,
     send_error,
+    to_http_error,
 )
 from hearth.serving.protocol import LoadAdapterRequest, UnloadAdapterRequest
 from hearth.telemetry import logs
@@ -60,6 +61,9 @@ class AdapterRoutes:
             scope["state"]["client_gone"] = True
         except HttpError as error:
             await send_error(send, error)
+        except Exception as error:
+            log.exception("request failed", extra=logs.fields(route=scope["path"]))
+            await send_error(send, to_http_error(error))
 
     async def _forward(self, scope: Scope, body: bytes, send: Send) -> None:
         request: LoadAdapterRequest | UnloadAdapterRequest
