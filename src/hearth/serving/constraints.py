@@ -82,8 +82,11 @@ def guided_of(request: Constrained) -> Guided | None:
 
 def form_field(request: Constrained) -> str:
     """The field that constrains the answer, for errors about what it says."""
-    given = (name for name in Constrained.__struct_fields__ if getattr(request, name) is not None)
-    return next(given, "guided")
+    form = request.response_format
+    given = [name for name in Constrained.__struct_fields__ if getattr(request, name) is not None]
+    if form is not None and form.type == "text":  # any text will do: it constrains nothing
+        given.remove("response_format")
+    return next(iter(given), "guided")
 
 
 def _schema(form: ResponseFormat) -> dict[str, Any]:
