@@ -132,8 +132,3 @@ class ServeConfig(Section):
         if self.max_models is not None and len(self.models) > self.max_models:
             raise ValueError(f"there are {len(self.models)} models, and max_models is {self.max_models}")
         return self
-
-    @property
-    def authenticated(self) -> bool:
-        """Whether a request needs a key."""
-        return self.require_api_keys or bool(self.api_keys)
