@@ -53,6 +53,7 @@ def test_a_port_in_use_is_found_before_anything_is_loaded(model_dir: Path, works
         (("./no/such/dir",), "no directory no/such/dir"),
         (("x", "--port", "99999"), "port"),
         (("x", "--dtype", "int3"), "dtype"),
+        (("x", "--max-num-batched-tokens", "0"), "max_num_batched_tokens"),
         (("x", "--api-key", "short"), "fewer than 8 characters"),
         (("x", "y", "--max-models", "1"), "max_models is 1"),
         (("x", "--idle-unload-seconds", "-1"), "idle_unload_seconds"),

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--swap-memory", type=int, help="Bytes to which preempted requests may be copied.")
 @click.option("--max-model-len", type=int, help="Longest prompt and answer together, in tokens.")
 @click.option("--max-num-seqs", type=int, help="Sequences that run at once.")
+@click.option("--max-num-batched-tokens", type=int, help="Tokens in one step of the engine.")
 @click.option("--kv-cache-memory", type=int, help="Bytes of the KV cache.")
 @click.option("--num-threads", type=int, help="CPU threads of each engine.")
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=PATH", help="A LoRA adapter; repeatable.")
@@ -81,6 +82,7 @@ def _overrides(models: tuple[str, ...], options: dict[str, Any], config_path: Pa
     engine_keys = (
         *("dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_memory", "num_threads"),
         *("weights", "kv_dtype", "speculation", "tensor_parallel", "swap_memory"),
+        "max_num_batched_tokens",
         *("tool_parser", "reasoning_parser"),
     )
     engine = {key: options.pop(key) for key in engine_keys}
