@@ -29,7 +29,7 @@ def recipe(tmp_path: Path, workspace_dir: Path) -> Path:
         "tokenizer": {"vocab_size": 300},
         "data": {"sources": [{"path": "texts"}], "validation_fraction": 0.2, "sequence_length": 32},
         "train": {"steps": 2, "batch_size": 4, "micro_batch_size": 4, "precision": "fp32"},
-        "evaluate": {"parity_prompts": 8, "parity_tokens": 4},
+        "evaluate": {"parity_prompts": 8, "parity_tokens": 8},
         "register": {"name": "tiny", "aliases": ["production", "newest"]},
     }
     path = tmp_path / "recipe.yaml"
@@ -51,7 +51,7 @@ def test_scores_gate_and_aliases(hearth: Run, recipe: Path) -> None:
     assert version.tags == {"kind": "test"}
     assert scores.report["bits_per_byte"] == done.json["evaluation"]["bits_per_byte"] > 0
     assert len(gate.report["prompts"]) >= 8
-    assert gate.report["max_tokens"] == 4
+    assert gate.report["max_tokens"] == 8
 
 
 def test_a_failed_gate_sets_no_alias_and_exits_1(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from hearth.cli.chat import Conversation, NoTemplateError, Settings
+from hearth.cli.chat import Conversation, NoTemplateError, Settings, Thought, _answer
 from hearth.serving import ServerProcess
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -176,3 +177,72 @@ def test_a_server_without_template_falls_back_once() -> None:
     assert "".join(conversation.turn("one")) == "one..."
     assert "".join(conversation.turn("two")) == "two..."
     assert conversation.messages == []
+
+
+class Thinking(Scripted):
+    """Thinks before it answers, if it comes to that."""
+
+    def __init__(self, *pieces: str) -> None:
+        super().__init__()
+        self.pieces = pieces
+
+    def chat(self, messages, settings):
+        self.seen.append(messages)
+        yield from self.pieces
+
+
+def test_reasoning_is_shown_beside_the_answer_and_not_remembered(capsys: pytest.CaptureFixture[str]) -> None:
+    talker = Thinking(Thought("so"), Thought(" it is"), "yes", " sir")
+    conversation = Conversation(talker, Settings(None, None, None))
+    _answer(conversation, "one", as_json=False)
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("yes sir\n", "so it is\n")
+    _answer(conversation, "two", as_json=True)
+    whole = json.loads(capsys.readouterr().out)
+    assert (whole["text"], whole["reasoning"]) == ("yes sir", "so it is")
+    assert talker.seen[-1] == [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "yes sir"},
+        {"role": "user", "content": "two"},
+    ]
+
+
+def test_an_answer_that_never_came_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = Conversation(Thinking(Thought("hm")), Settings(None, None, None))
+    _answer(conversation, "one", as_json=False)
+    shown = capsys.readouterr()
+    assert shown.out == "\n"
+    assert "within its reasoning" in shown.err
+    assert conversation.messages == []
+
+
+@pytest.mark.slow
+def test_a_local_model_thinks_as_one_behind_a_server_does(models: dict[str, Path], tmp_path: Path) -> None:
+    model = tmp_path / "thinker"
+    shutil.copytree(models["chat"], model)
+    template = model / "chat_template.jinja"
+    opening = "{{ '<|im_start|>assistant\n' }}"
+    text = template.read_text()
+    assert opening in text
+    template.write_text(text.replace(opening, opening + "{{ '<think>\n' }}"))
+    local = hearth_chat(str(model), "--json", text="hello\n")
+    assert "within its reasoning" in local.stderr
+    assert answers(local) == [""]
+    options = ("--num-threads", "1", "--log-level", "warning")
+    with ServerProcess.start([model], options=options, timeout=120) as server:
+        remote = hearth_chat("--url", server.base_url, "--json", text="hello\n")
+    thoughts = [json.loads(done.stdout)["reasoning"] for done in (local, remote)]
+    assert thoughts[0] == thoughts[1] != ""
+
+
+def test_settings_of_the_engine(models: dict[str, Path]) -> None:
+    chat = str(models["chat"])
+    done = hearth_chat(chat, "--json", "--weights", "int8", "--speculation", "ngram", text="hello\n")
+    assert len(answers(done)) == 1
+    for arguments, says in (
+        ((chat, "--weights", "int3"), "int3"),
+        (("--url", "http://127.0.0.1:1", "--kv-dtype", "int8"), "for the server to set"),
+    ):
+        done = hearth_chat(*arguments, text="hello\n")
+        assert done.returncode == 2
+        assert says in done.stderr

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,42 @@ def test_table_is_for_people(hearth: Callable[..., Any], workspace_dir: Path) ->
     assert outcome.code == 0
     for heading in ("machine", "versions", "hearth will use", "check"):
         assert heading in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"HEARTH_NATIVE": "0"}, "switched off by HEARTH_NATIVE=0"),
+        ({"HEARTH_NATIVE_ISA": "sse2"}, "HEARTH_NATIVE_ISA is 'sse2'"),
+    ],
+)
+def test_it_says_why_compiled_kernels_are_not_in_use(variables: dict[str, str], says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hearth", "doctor", "--quick", "--json"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables},
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    report = json.loads(done.stdout)
+    uses = report["hearth will use"]
+    assert uses["device"] == "cpu"  # a GPU is hidden: there they are not asked for
+    assert says in uses["compiled kernels"]
+    assert uses["attention when serving"] in ("numba kernels", "torch")
+    details = {finding["subject"]: finding["detail"] for finding in report["findings"]}
+    if "compiled kernels" in details:  # there is a compiler
+        assert says in details["compiled kernels"]
+
+
+def test_compiled_kernels_in_use_are_told() -> None:
+    from hearth.engine.native import library
+
+    uses, found = (
+        doctor.choices(),
+        {finding.subject for finding in doctor.findings(1 << 40, Path(), num_gpus=0)},
+    )
+    if library() is None or uses["device"] != "cpu":
+        pytest.skip("no compiled kernels here")
+    assert "AVX512-BF16" in uses["compiled kernels"]
+    assert "compiled kernels" in found
 
 
 def test_rates_are_measured() -> None:

@@ -57,7 +57,7 @@ def test_reports_of_a_version_are_kept(
     refused = hearth("models", "promote", "tiny@1", "production")
     assert refused.code == 1
     assert "hearth parity tiny@1" in refused.err
-    passed = hearth("parity", "tiny", "--prompts", "1", "--tokens", "4", "--json")
+    passed = hearth("parity", "tiny", "--prompts", "1", "--tokens", "8", "--json")
     assert (passed.code, passed.json["passed"]) == (0, True)
     assert hearth("models", "promote", "tiny@1", "production").code == 0
     with Workspace.open() as workspace:
@@ -92,7 +92,9 @@ def test_nothing_to_evaluate_on(hearth: Callable[..., Any], workspace_dir: Path,
     assert "give --text FILE or --dataset DIRECTORY" in outcome.err
 
 
-@pytest.mark.parametrize(("option", "value"), [("--tokens", "0"), ("--prompts", "-1"), ("--dtype", "int4")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--tokens", "0"), ("--tokens", "1"), ("--prompts", "-1"), ("--dtype", "int4")]
+)
 def test_a_gate_of_nothing_is_refused(
     hearth: Callable[..., Any], workspace_dir: Path, model: Path, option: str, value: str
 ) -> None:

@@ -61,6 +61,26 @@ def test_text_is_streamed_and_chat_uses_the_template(model_dir: Path) -> None:
     assert plain.stdout.endswith("\n")
 
 
+def test_settings_of_the_engine_reach_it(model_dir: Path) -> None:
+    common = (
+        model_dir,
+        "abcabcabc",
+        "--json",
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "8",
+        "--dtype",
+        "bfloat16",
+    )
+    plain, drafted = hearth(*common), hearth(*common, "--speculation", "ngram", "--num-threads", "1")
+    assert plain.returncode == drafted.returncode == 0, drafted.stderr
+    assert json.loads(plain.stdout) == json.loads(drafted.stdout)
+    compressed = hearth(*common, "--weights", "int8", "--kv-dtype", "int8", "--device", "cpu")
+    assert compressed.returncode == 0, compressed.stderr
+    assert len(json.loads(compressed.stdout)["completions"][0]["token_ids"]) == 8
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -68,6 +88,10 @@ def test_text_is_streamed_and_chat_uses_the_template(model_dir: Path) -> None:
         (["--temperature", "-1"], "temperature"),
         (["--system", "x"], "--chat"),
         (["--dtype", "int3"], "int3"),
+        (["--weights", "int3"], "int3"),
+        (["--kv-dtype", "fp4"], "fp4"),
+        (["--num-threads", "0"], "num_threads"),
+        (["--speculation", "no/such/model"], "no/such/model"),
     ],
 )
 def test_wrong_options_exit_2(model_dir: Path, arguments: list[str], words: str) -> None:

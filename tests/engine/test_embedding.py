@@ -172,3 +172,17 @@ async def test_in_a_process_of_its_own(model_dir: Path, family_model: Any) -> No
         assert len((await engine.embed([5] * 64)).embedding) == 64
     finally:
         await engine.close()
+
+
+def test_no_numbers_are_an_error_and_nobody_reuses_their_blocks(family_model: Any, tokenizer: Any) -> None:
+    model = family_model("llama")
+    with Engine.from_model(model, tokenizer, max_model_len=64, block_size=8) as engine:
+        prompt = list(range(3, 40))
+        norm = engine.runner.model.base_model.norm
+        hook = norm.register_forward_hook(lambda module, inputs, out: out * float("nan"))
+        with pytest.raises(EngineError, match="NaN or infinity"):
+            engine.embed([prompt], "last")
+        hook.remove()
+        assert engine.pool.num_cached == 0
+        assert dict(engine.stats().finished) == {"error": 1}
+        check(engine.embed([prompt], "last")[0], expected(model, prompt, "last"))

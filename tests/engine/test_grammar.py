@@ -307,3 +307,16 @@ async def test_compiling_holds_up_nobody(model_dir: Path) -> None:
         assert (await engine.stats()).num_used_blocks == 0
     finally:
         await engine.close()
+
+
+def test_warming_up_reads_the_tokenizer_and_is_silent_without_one(tokenizer: Any) -> None:
+    compiler = GrammarCompiler(tokenizer, 320, [2])
+    compiler.warm_up()
+    read = compiler._tokenizer
+    assert read is not None
+    compiler.compile(Guided(regex="a+"))
+    assert compiler._tokenizer is read
+    bare = GrammarCompiler(None, 320, [2])
+    bare.warm_up()
+    with pytest.raises(RequestError, match="none"):
+        bare.compile(Guided(regex="a+"))

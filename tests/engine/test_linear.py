@@ -85,14 +85,13 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
-def test_every_plain_linear_of_a_model_is_replaced_and_named(weights: str) -> None:
+def test_every_plain_linear_of_a_model_is_replaced(weights: str) -> None:
     model = Model().bfloat16()
     x = random(3, 64, dtype=torch.bfloat16)
     expected = model.old(x).detach()
     assert pack_linears(model, weights=weights) == 4
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     assert sorted(packed) == ["body.0", "body.2", "head", "old"]
-    assert all(module.name == name for name, module in packed.items())
     assert relative_error(model.old(x), expected) < ERROR[weights]
     if has_native and weights == "int4":
         assert packed["body.0"].native is not None
@@ -119,14 +118,6 @@ def test_the_original_weight_is_gone_before_the_next_is_packed(monkeypatch: pyte
     assert all(reference() is None for reference in originals)
 
 
-def test_a_delta_is_added_after_the_product() -> None:
-    packed = PackedLinear(random(32, 64, dtype=torch.bfloat16), None)
-    x = random(3, 64, dtype=torch.bfloat16, seed=1)
-    before = packed(x).clone()
-    packed.delta = lambda x, out: out.add_(x[..., :1])
-    torch.testing.assert_close(packed(x), before + x[:, :1])
-
-
 def test_the_weight_shows_its_shape_and_refuses_to_compute() -> None:
     packed = PackedLinear(random(32, 64, dtype=torch.bfloat16), None)
     assert packed.weight.shape == (32, 64)
@@ -139,4 +130,4 @@ def test_what_can_be_packed() -> None:
     cpu = torch.device("cpu")
     assert can_pack(torch.float32, cpu)
     assert not can_pack(torch.float32, torch.device("cuda"))
-    assert can_pack(torch.float16, torch.device("cuda"), "int8")
+    assert not can_pack(torch.float16, cpu)

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from hearth.engine import AsyncEngine, Engine, SamplingParams
+from hearth.engine import AsyncEngine, Engine, SamplingParams, wire
 from hearth.errors import EngineDeadError, ModelError, RequestError
 
 SETTINGS: dict[str, Any] = {"max_model_len": 200, "num_threads": 1}
@@ -42,6 +42,20 @@ async def collect(
 
 def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+
+
+async def test_an_id_is_free_at_once_when_its_request_is_left(engine: AsyncEngine) -> None:
+    expected = await collect(engine, "dog", greedy(20))
+    for _ in range(5):
+        async with contextlib.aclosing(engine.generate("fox", greedy(150), request_id="mine")) as stream:
+            assert (await anext(stream)).request_id == "mine"
+        text, tokens = "", []
+        async with contextlib.aclosing(engine.generate("dog", greedy(20), request_id="mine")) as stream:
+            async for output in stream:
+                assert output.request_id == "mine"
+                text += output.text
+                tokens += output.token_ids
+        assert (text, tokens, output.finish_reason) == expected
 
 
 async def test_life_of_an_engine(engine: AsyncEngine, model_dir: Path) -> None:
@@ -117,6 +131,20 @@ async def test_a_command_that_cannot_be_read_is_no_silence(engine: AsyncEngine) 
     engine._writer.write(b"\x01\x00\x00\x00\xc1")
     with pytest.raises(EngineDeadError):
         await collect(engine, "the", greedy(150))
+
+
+async def test_an_event_that_cannot_be_read_ends_the_engine(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(body: bytes) -> Any:
+        raise ValueError("no event")
+
+    task = asyncio.create_task(collect(engine, "the", greedy(150)))
+    await asyncio.sleep(0)
+    monkeypatch.setattr(wire, "decode_event", unreadable)
+    with pytest.raises(EngineDeadError):
+        await asyncio.wait_for(task, 10)
+    assert not engine.is_alive
 
 
 async def test_close_drains_if_asked_to(model_dir: Path) -> None:

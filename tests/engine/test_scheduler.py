@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from hearth.engine.config import EngineConfig
+from hearth.engine.draft.drafter import grant
 from hearth.engine.params import SamplingParams
 from hearth.engine.plan import Plan, PlanRow
 from hearth.engine.pool import BlockPool
@@ -163,6 +164,17 @@ class Workload:
         self.ended.append(self.alive.pop(request.key))
 
     def propose(self) -> None:
+        pool = self.scheduler.pool
+        for request in self.scheduler.running:
+            request.draft_ids.clear()
+            pool.trim(request)
+        if self.rng.random() < 0.3:  # as a draft model, which needs the blocks before the step is planned
+            for request, count in grant(
+                self.scheduler.running, pool, self.scheduler.max_num_batched_tokens, 4
+            ).items():
+                request.draft_ids = [self.rng.randrange(50) for _ in range(count)]
+                assert pool.grow(request, len(request.tokens) + count)
+            return
         for request in self.scheduler.running:
             if request.is_decoding and request.num_output_tokens and self.rng.random() < 0.4:
                 request.draft_ids = [self.rng.randrange(50) for _ in range(self.rng.randint(1, 4))]

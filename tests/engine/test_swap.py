@@ -94,11 +94,12 @@ def test_only_blocks_that_are_taken_are_copied_and_they_come_back() -> None:
     assert pool.count_lost(victim) == 3
     pool.want(victim)
     pool.release(victim)
-    assert pool.swap_out == [], "nothing was overwritten yet"
+    assert pool.take_copies() == ((), ()), "nothing was overwritten yet"
     taker = make_request([9, 9, 9, 9, 9], "taker")
     compute(pool, taker)
     # The block that was not full was free; of the cached ones the end of the sequence goes first.
-    assert [block for block, _ in pool.swap_out] == [blocks[2], blocks[1]]
+    swap_out, _ = pool.take_copies()
+    assert [block for block, _ in swap_out] == [blocks[2], blocks[1]]
     assert pool.find(victim) == [blocks[0], None, None]
     pool.release(taker)
     pool.begin_step()
@@ -106,8 +107,10 @@ def test_only_blocks_that_are_taken_are_copied_and_they_come_back() -> None:
     assert {h: host._slot_of[h] for h in saved} == saved
     found = pool.find(victim)
     pool.begin(victim, found)
-    assert [slot for slot, _ in pool.swap_in] == [saved[hashes[1]], saved[hashes[2]]]
-    assert [block for _, block in pool.swap_in] == victim.block_ids[1:]
+    swap_out, swap_in = pool.take_copies()
+    assert swap_out == ()
+    assert [slot for slot, _ in swap_in] == [saved[hashes[1]], saved[hashes[2]]]
+    assert [block for _, block in swap_in] == victim.block_ids[1:]
     assert victim.num_computed == 6
     assert host.num_stored == 0
     pool.check([victim])
@@ -129,12 +132,12 @@ def test_a_block_that_two_want_is_copied_in_once() -> None:
         pool.release(request)
     taker = make_request([9] * 12)
     compute(pool, taker)
-    assert len(pool.swap_out) == 2
+    assert len(pool.take_copies()[0]) == 2
     pool.release(taker)
     pool.begin_step()
     for request in (first, second):
         pool.begin(request, pool.find(request))
-    assert len(pool.swap_in) == 2
+    assert len(pool.take_copies()[1]) == 2
     assert first.block_ids == second.block_ids
     pool.check([first, second])
     pool.begin_step()

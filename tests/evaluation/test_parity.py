@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from hearth.data.tokenizer import DataTokenizer
 from hearth.engine import Completion, Engine
-from hearth.errors import GateError, NotFoundError
+from hearth.errors import GateError, InputError, NotFoundError
 from hearth.evaluation import run_gate
 from hearth.evaluation.gate import generation_stop_ids
 from hearth.evaluation.parity import ParityReport, check_continuations, continue_greedily
@@ -221,11 +221,11 @@ def test_a_folder_of_the_same_name_does_not_hide_a_version(
     (tmp_path / "letters").mkdir()  # the texts that the model of that name was trained on
     with Workspace.open() as workspace:
         workspace.registry.create_version("letters", chat_model)
-        run_gate("letters", workspace=workspace, num_prompts=1, max_tokens=4)
+        run_gate("letters", workspace=workspace, num_prompts=1, max_tokens=MAX_TOKENS)
         assert workspace.registry.reports("letters@1", "parity")
         # A model directory wins over a name, and the version gets no report for it.
         shutil.copytree(chat_model, tmp_path / "letters", dirs_exist_ok=True)
-        run_gate("letters", workspace=workspace, num_prompts=1, max_tokens=4)
+        run_gate("letters", workspace=workspace, num_prompts=1, max_tokens=MAX_TOKENS)
         assert len(workspace.registry.reports("letters@1", "parity")) == 1
 
 
@@ -265,12 +265,21 @@ def test_the_gate_guards_promotion(chat_model: Path, workspace_dir: Path) -> Non
         version = workspace.registry.create_version("tiny", chat_model)
         with pytest.raises(GateError, match="tiny@1"):
             workspace.registry.promote(version.ref, "production", actor="test")
-        report = run_gate("tiny@1", workspace=workspace, num_prompts=8, max_tokens=4)
+        report = run_gate("tiny@1", workspace=workspace, num_prompts=8, max_tokens=MAX_TOKENS)
         assert report.passed
         workspace.registry.promote(version.ref, "production", actor="test")
         assert workspace.registry.get("tiny@production").version == 1
         with pytest.raises(NotFoundError, match="nobody"):
             run_gate("nobody", workspace=workspace)
+
+
+def test_a_gate_of_the_first_token_is_none(chat_model: Path, workspace_dir: Path) -> None:
+    with Workspace.open() as workspace:
+        version = workspace.registry.create_version("tiny", chat_model)
+        with pytest.raises(InputError, match="of 1 token"):
+            run_gate("tiny@1", workspace=workspace, max_tokens=1)
+        with pytest.raises(GateError):
+            workspace.registry.promote(version.ref, "production", actor="test")
 
 
 def test_a_template_that_serving_renders_differently_is_seen(chat_model: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hearth.serving.lifeline import die_with_parent, event_channel
 from hearth.serving.servers import make_server
 
 cancelled: list[str] = []
+engine = {"status": "ok"}
 
 
 async def generate(request: Request) -> Response:
@@ -31,6 +32,9 @@ async def generate(request: Request) -> Response:
         while not await request.is_disconnected():
             await asyncio.sleep(0.01)
         cancelled.append(script)
+    if script == "engine-dies":
+        engine["status"] = "engine_dead"
+        return JSONResponse({"error": {"message": "no", "param": None, "code": "x", "type": "t"}}, 503)
     if script == "refuse":
         return JSONResponse({"error": {"message": "no", "param": "prompt", "code": "x", "type": "t"}}, 400)
     if script.startswith("stream"):
@@ -50,6 +54,10 @@ async def stream(script: str):
         if script == "stream-die":
             await asyncio.sleep(0.2)
             os._exit(9)
+        if script == "stream-engine-dies":
+            engine["status"] = "engine_dead"
+            yield b'data: {"error": {"message": "no"}}\n\n'
+            return
         if script == "stream-sleep":
             await asyncio.sleep(60)
         yield b"data: [DONE]\n\n"
@@ -67,6 +75,9 @@ async def load_adapter(request: Request) -> Response:
         return JSONResponse(
             {"error": {"message": "bad", "param": "lora_path", "code": "x", "type": "t"}}, 400
         )
+    if body["lora_path"].startswith("wait:"):
+        while not Path(body["lora_path"].removeprefix("wait:")).exists():
+            await asyncio.sleep(0.01)
     return JSONResponse(body)
 
 
@@ -75,7 +86,7 @@ async def unload_adapter(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    return JSONResponse({"status": "ok"})
+    return JSONResponse(engine)
 
 
 async def stats(request: Request) -> Response:

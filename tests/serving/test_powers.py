@@ -128,6 +128,38 @@ def test_reasoning_and_calls_streamed_and_whole(client: OpenAI) -> None:
     assert len(one["calls"]) == 1
 
 
+def test_tools_nested_without_end_are_refused(client: OpenAI) -> None:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(400):
+        schema = {"type": "object", "properties": {"a": schema}}
+    function = {"name": "f", "parameters": schema}
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, tools=[{"type": "function", "function": function}], max_tokens=2)
+    assert caught.value.param == "tools"
+
+
+def test_plain_chat_tells_reasoning_apart(client: OpenAI) -> None:
+    request = {
+        "message": "hello", "seed": 5, "max_tokens": 60, "n": 2,
+        "guided_regex": "<think>\n[a-c]{5}\n</think>\n\n[x-z]{4}",
+    }  # fmt: skip
+    whole = client.post("/../chat", body=request, cast_to=object)
+    assert re.fullmatch("[x-z]{4}", whole["text"])
+    assert re.fullmatch("[a-c]{5}", whole["reasoning"])
+    assert [set(choice) for choice in whole["choices"]] == [{"text", "reasoning", "finish_reason"}] * 2
+    streamed = [{"text": "", "reasoning": "", "finish_reason": None} for _ in range(2)]
+    text = client.post("/../chat", body={**request, "stream": True}, cast_to=str)
+    for line in text.splitlines():
+        if line.startswith("data: {"):
+            event = json.loads(line.removeprefix("data: "))
+            if "usage" not in event:
+                choice = streamed[event.get("index", 0)]
+                choice["finish_reason"] = event.get("finish_reason") or choice["finish_reason"]
+                for name in ("text", "reasoning"):
+                    choice[name] += event.get(name, "")
+    assert streamed == whole["choices"]
+
+
 def test_without_tools_a_call_is_text(client: OpenAI) -> None:
     for extra in ({}, {"tools": TOOLS, "tool_choice": "none"}):
         answer = chat(client, **extra, extra_body={"guided_regex": SAYS_AND_CALLS}).choices[0]
@@ -285,6 +317,7 @@ def test_embeddings(client: OpenAI) -> None:
         ("", {}, "input"),
         ([], {}, "input"),
         ("x" * 1100, {}, "input"),
+        ([1, 10**6], {}, "input"),
         ("one", {"extra_body": {"pooling": "max"}}, "pooling"),
     ):
         with pytest.raises(openai.BadRequestError) as caught:
@@ -336,7 +369,12 @@ def test_adapters_are_models(client: OpenAI, server: ServerProcess) -> None:
     with pytest.raises(openai.NotFoundError):
         complete("second")
     assert (complete(MODEL), complete("first")) == (plain, first)
-    for name, where, param in (("first", second, "lora_name"), ("x", second + "/no", "lora_path")):
+    for name, where, param in (
+        ("first", second, "lora_name"),
+        ("a=b", second, "lora_name"),  # could not be told from its path when it is loaded again
+        ("a?", second, "lora_name"),
+        ("x", second + "/no", "lora_path"),
+    ):
         with pytest.raises(openai.BadRequestError) as caught:
             post("/load_lora_adapter", lora_name=name, lora_path=where)
         assert caught.value.param == param

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hearth.serving.constraints import guided_of
 from hearth.serving.http import HttpError
 from hearth.serving.inputs import as_list, text_inputs
 from hearth.serving.messages import chat_messages
@@ -84,6 +85,36 @@ def test_what_is_not_json_is_refused(body: bytes) -> None:
     with pytest.raises(HttpError) as caught:
         parse(body, CompletionRequest)
     assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"model":', b'{"guided_json":', b'{"prompt":['])
+def test_what_is_nested_without_end_is_refused(opening: bytes) -> None:
+    for read in (lambda body: parse(body, CompletionRequest), routing_fields):
+        with pytest.raises(HttpError) as caught:
+            read(opening * 100_000)
+        assert caught.value.status == 400
+    with pytest.raises(HttpError, match="the body is nested too deeply"):
+        parse(b'{"prompt": "x", "guided_json": {"a": ' + b"[" * 100_000, CompletionRequest)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"guided_choice": []}, "guided_choice"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs"),
+    ],
+)
+def test_a_form_that_allows_nothing_is_refused_by_its_own_name(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(HttpError) as caught:
+        guided_of(parse(json.dumps({"prompt": "x", **body}).encode(), CompletionRequest))
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_a_value_that_is_none_of_a_few_is_named_once() -> None:
+    error = refuse(CompletionRequest, prompt="x", response_format={"type": "xml"})
+    assert error.message == "response_format.type: 'xml' is not one of its values"
 
 
 @pytest.mark.parametrize("body", [b"[]", b'"text"', b"5", b"null"])

@@ -11,7 +11,7 @@ import pytest
 
 from hearth.engine.params import Guided
 from hearth.errors import RequestError
-from hearth.serving.constraints import guided_of
+from hearth.serving.constraints import form_field, guided_of
 from hearth.serving.http import HttpError
 from hearth.serving.messages import chat_messages
 from hearth.serving.protocol import ChatRequest, CompletionRequest, parse
@@ -153,8 +153,22 @@ def test_an_answer_has_one_form() -> None:
         guided_of(chat(response_format={"type": "json_schema"}))
     with pytest.raises(RequestError, match="not empty"):
         guided_of(chat(guided_regex=""))
-    with pytest.raises(RequestError, match="exactly one form"):
+    with pytest.raises(HttpError, match="guided_choice is empty"):
         guided_of(chat(guided_choice=[]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({}, "guided"),
+        ({"response_format": {"type": "text"}}, "guided"),
+        ({"response_format": {"type": "text"}, "guided_regex": "("}, "guided_regex"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+    ],
+)
+def test_errors_name_the_field_that_constrains(fields: dict[str, Any], named: str) -> None:
+    assert form_field(chat(**fields)) == named
 
 
 def test_calls_and_results_for_a_template() -> None:

@@ -6,14 +6,18 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
+from hearth.cli.engine_options import engine_options, take_engine_options
 from hearth.cli.output import note
 from hearth.errors import HearthError, InputError, RequestError, ServingError
+
+if TYPE_CHECKING:
+    from hearth.engine.parsing import Event
 
 HELP = """\
 /reset          forget the conversation
@@ -24,6 +28,12 @@ HELP = """\
 _REMOTE_TOKENS = 256  # of a continuation by a server, whose own default is 16 tokens
 
 NO_TEMPLATE = "note: {} has no chat template; it continues your text instead, without memory"
+
+
+class Thought(str):
+    """A piece of the reasoning before an answer."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class Talker(Protocol):
     chats: bool
 
     def chat(self, messages: list[dict[str, str]], settings: Settings) -> Generator[str, None, None]:
-        """The answer's pieces."""
+        """The answer's pieces; those of its reasoning are Thoughts."""
         ...
 
     def complete(self, text: str, settings: Settings) -> Generator[str, None, None]:
@@ -59,26 +69,46 @@ class LocalTalker:
 
     def __init__(self, reference: str, engine_options: dict[str, Any]) -> None:
         from hearth.engine import Engine
+        from hearth.engine.parsing import detect_style
+        from hearth.serving.worker.prompts import special_texts, template_text
 
         self.name = reference
         self._engine = Engine.load(reference, **engine_options)
         self._tokenizer = self._engine.tokenizer
-        self.chats = bool(getattr(self._tokenizer, "chat_template", None))
+        template = template_text(self._tokenizer)
+        self.chats = bool(template)
+        self._style = detect_style(template)
+        special = special_texts(self._tokenizer)
+        self._hides_markers = any(mark in special for mark in self._style.markers)
 
     def chat(self, messages: list[dict[str, str]], settings: Settings) -> Generator[str, None, None]:
         """Render the template and stream."""
+        from hearth.engine.parsing import Parser
         from hearth.models import encode_chat
 
-        yield from self._stream(encode_chat(self._tokenizer, messages), settings)
+        prompt = encode_chat(self._tokenizer, messages)
+        if self._style.reasoning is None:
+            yield from self._stream(prompt, settings)
+            return
+        tail = str(self._tokenizer.decode(prompt[-16:], skip_special_tokens=False))
+        parser = Parser.of(self._style, opened=self._style.opened_by(tail), calls=False)
+        with contextlib.closing(self._stream(prompt, settings, show_markers=True)) as pieces:
+            for piece in pieces:
+                yield from _texts(parser.feed(piece))
+        yield from _texts(parser.finish())
 
     def complete(self, text: str, settings: Settings) -> Generator[str, None, None]:
         """Continue ``text``."""
         yield from self._stream(text, settings)
 
-    def _stream(self, prompt: str | list[int], settings: Settings) -> Generator[str, None, None]:
+    def _stream(
+        self, prompt: str | list[int], settings: Settings, *, show_markers: bool = False
+    ) -> Generator[str, None, None]:
         from hearth.engine import SamplingParams
 
         given: dict[str, Any] = {"temperature": settings.temperature, "seed": settings.seed}
+        if show_markers and self._hides_markers:
+            given["skip_special_tokens"] = False
         params = SamplingParams(
             max_tokens=settings.max_tokens,
             **{key: value for key, value in given.items() if value is not None},
@@ -91,6 +121,13 @@ class LocalTalker:
     def close(self) -> None:
         """Free the model."""
         self._engine.close()
+
+
+def _texts(events: Iterable[Event]) -> Iterator[str]:
+    """What of a parsed answer is to be read; calls are not looked for, so there is nothing else."""
+    for event in events:
+        if event.text and event.kind in ("reasoning", "content"):
+            yield Thought(event.text) if event.kind == "reasoning" else event.text
 
 
 def _as_generator(iterator: Iterator[Any]) -> Generator[Any, None, None]:
@@ -141,8 +178,15 @@ class RemoteTalker:
                 raise NoTemplateError(str(self.name)) from None
             with contextlib.closing(stream):
                 for chunk in stream:
-                    if chunk.choices and (text := chunk.choices[0].delta.content):
-                        yield text
+                    if not chunk.choices:
+                        continue
+                    delta = chunk.choices[0].delta
+                    # As Hearth and vLLM say it, and others; OpenAI's own client has no name for it.
+                    thought = getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None)
+                    if isinstance(thought, str) and thought:
+                        yield Thought(thought)
+                    if delta.content:
+                        yield delta.content
 
     def complete(self, text: str, settings: Settings) -> Generator[str, None, None]:
         """Stream a completion."""
@@ -209,7 +253,8 @@ class Conversation:
         pieces: list[str] = []
         try:
             for piece in self.talker.chat([*opening, *self.messages, said], self.settings):
-                pieces.append(piece)
+                if not isinstance(piece, Thought):
+                    pieces.append(piece)
                 yield piece
         except NoTemplateError:
             note(NO_TEMPLATE.format(self.talker.name))
@@ -229,9 +274,7 @@ class Conversation:
 @click.option("--max-tokens", type=int, help="Longest answer.  [default: what the context leaves]")
 @click.option("--temperature", type=float, help="0 takes the likeliest token.  [default: 0.7]")
 @click.option("--seed", type=int, help="Makes answers reproducible.")
-@click.option(
-    "--dtype", default="auto", show_default=True, help="With MODEL: auto, float32, bfloat16 or float16."
-)
+@engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object an answer; notes go to stderr.")
 def chat(
     model: str | None,
@@ -242,23 +285,29 @@ def chat(
     max_tokens: int | None,
     temperature: float | None,
     seed: int | None,
-    dtype: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Talk to MODEL (name, name@version, directory, hf:org/name), or to a server with --url.
+
+    Reasoning is shown on standard error, dimmed on a terminal; the conversation remembers the answers only.
+    --dtype and the other settings of the engine go with MODEL.
 
     Type /help for commands. With input from a pipe each line is one turn:
     printf 'Hello\\nAnd you?\\n' | hearth chat MODEL
     """
     if (model is None) == (url is None):
         raise click.UsageError("give a MODEL or --url URL, one of the two")
+    engine_settings = take_engine_options(options)
+    if url is not None and engine_settings != {"dtype": "auto"}:
+        raise click.UsageError(f"--url: {', '.join(engine_settings)} is for the server to set")
     settings = Settings(max_tokens, 0.7 if temperature is None else temperature, seed)
     talker: Talker
     if url is not None:
         talker = RemoteTalker(url, remote_model, api_key)
     else:
         assert model is not None
-        talker = LocalTalker(model, {"dtype": dtype, "max_num_seqs": 1})
+        talker = LocalTalker(model, {**engine_settings, "max_num_seqs": 1})
     try:
         if not talker.chats:
             note(NO_TEMPLATE.format(talker.name))
@@ -326,19 +375,34 @@ def _command(conversation: Conversation, text: str) -> None:
 
 def _answer(conversation: Conversation, text: str, *, as_json: bool) -> None:
     pieces: list[str] = []
+    thoughts: list[str] = []
     stopped = False
     with contextlib.closing(conversation.turn(text)) as answer:
         try:
             for piece in answer:
-                pieces.append(piece)
                 if not as_json:
-                    click.echo(piece, nl=False)
+                    _show(piece, ends_thoughts=bool(thoughts) and not pieces)
+                (thoughts if isinstance(piece, Thought) else pieces).append(piece)
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
             stopped = True
     if as_json:
         whole = {"prompt": text, "text": "".join(pieces), "model": conversation.talker.name}
+        if thoughts:
+            whole["reasoning"] = "".join(thoughts)
         click.echo(json.dumps(whole, ensure_ascii=False))
     else:
         click.echo(" [stopped]" if stopped else "")
+    if thoughts and not pieces and not stopped:
+        note("it ended within its reasoning, and is not remembered; --max-tokens allows more")
+
+
+def _show(piece: str, *, ends_thoughts: bool) -> None:
+    """Write a piece: the answer to standard output, its reasoning to standard error."""
+    if isinstance(piece, Thought):
+        click.secho(str(piece), nl=False, err=True, dim=True)
+        return
+    if ends_thoughts:
+        note("")
+    click.echo(piece, nl=False)

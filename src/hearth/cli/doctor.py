@@ -9,17 +9,22 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hearth.cli.output import error_console, print_json, print_table
+from hearth.errors import HearthError
+
+if TYPE_CHECKING:
+    from hearth.engine.native import NativeLibrary
 
 PACKAGES = ("hearth-lm", "torch", "transformers", "tokenizers", "peft", "numba", "sqlalchemy", "openai")
 OPTIONAL = {
     "psycopg": ("a workspace on Postgres", "pip install 'hearth-lm[postgres]'"),
     "zstandard": (".zst sources", "pip install 'hearth-lm[zstd]'"),
 }
+_ISA = {"amx": "AMX and AVX512-BF16", "avx512": "AVX512-BF16"}
 NEEDED_FREE_BYTES = 2 << 30
 
 
@@ -124,13 +129,54 @@ def choices() -> dict[str, str]:
     from hearth.training import choose_device, choose_precision
 
     device = choose_device().type
-    kernels = device == "cpu" and importlib.util.find_spec("numba") is not None
     return {
         "device": device,
         "training precision (auto)": choose_precision("auto", device),
-        "attention when serving": "paged numba kernels" if kernels else "torch",
+        **_serving_choices(device),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def _serving_choices(device: str) -> dict[str, str]:
+    """How the engine computes on ``device``; compiles its kernels if that has not been done yet."""
+    if device != "cpu":
+        return {"attention when serving": "Triton kernels, torch where they cannot"}
+    kernels, problem = native_kernels()
+    other = "numba kernels" if importlib.util.find_spec("numba") is not None else "torch"
+    return {
+        "compiled kernels": problem if kernels is None else f"{_ISA[kernels.isa]}, for bfloat16",
+        "attention when serving": other if kernels is None else f"compiled in bfloat16, otherwise {other}",
+    }
+
+
+def native_kernels() -> tuple[NativeLibrary | None, str]:
+    """The compiled kernels, or None and why they are not in use."""
+    from hearth.engine.native import library, why_not
+
+    try:
+        return library(), why_not()
+    except HearthError as error:  # a value in the environment
+        return None, str(error)
+
+
+def _about_kernels() -> list[Finding]:
+    """The C++ compiler, and whether the engine's kernels are in use."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        detail = "none; the engine's kernels and train.compile on a CPU need one"
+        return [Finding("note", "C++ compiler", detail, "install g++")]
+    kernels, problem = native_kernels()
+    if kernels is not None:
+        return [
+            Finding("ok", "C++ compiler", compiler),
+            Finding("ok", "compiled kernels", str(kernels.path)),
+        ]
+    # A processor without these instructions is no fault; what else keeps them away can be mended.
+    fix = "" if "CPU has no" in problem or "written for" in problem else "mend that, or serve more slowly"
+    return [
+        Finding("ok", "C++ compiler", compiler),
+        Finding("note", "compiled kernels", f"not in use: {problem}", fix),
+    ]
 
 
 def findings(free_bytes: int, home: Path, *, num_gpus: int) -> list[Finding]:
@@ -162,12 +208,7 @@ def findings(free_bytes: int, home: Path, *, num_gpus: int) -> list[Finding]:
     if not torch.cuda.is_available() and importlib.util.find_spec("numba") is None:
         detail = "attention on the CPU runs in torch, which is slower"
         result.append(Finding("note", "numba", detail, "pip install numba"))
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    result.append(
-        Finding("ok", "C++ compiler", compiler)
-        if compiler
-        else Finding("note", "C++ compiler", "none; only train.compile on a CPU needs one", "install g++")
-    )
+    result += _about_kernels()
     for module, (purpose, fix) in OPTIONAL.items():
         present = importlib.util.find_spec(module) is not None
         detail = f"for {purpose}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hearth.cli.engine_options import engine_options, take_engine_options
 from hearth.cli.output import note, print_json
 from hearth.errors import InputError
 
@@ -29,20 +30,17 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Makes the answer reproducible.")
 @click.option("--stop", multiple=True, help="End at this text; may be given several times.")
 @click.option("--n", type=int, default=1, show_default=True, help="How many completions.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-@click.option("--max-model-len", type=int, help="Prompt and answer together, in tokens.")
+@engine_options
 @click.option("--chat", is_flag=True, help="Send the prompt as a user's message, through the chat template.")
 @click.option("--system", help="With --chat: the system message.")
 @click.option("--json", "as_json", is_flag=True, help="Print the completions as JSON at the end.")
 def generate(
     model: str,
     prompt: str,
-    dtype: str,
-    max_model_len: int | None,
     chat: bool,
     system: str | None,
     as_json: bool,
-    **sampling: Any,
+    **options: Any,
 ) -> None:
     """Complete PROMPT with MODEL and print the text as it is generated.
 
@@ -51,13 +49,14 @@ def generate(
     """
     from hearth.engine.params import SamplingParams
 
-    params = SamplingParams(**sampling)  # a wrong value fails before torch is imported
+    engine_settings = take_engine_options(options)
+    params = SamplingParams(**options)  # a wrong value fails before torch is imported
     if system is not None and not chat:
         raise click.UsageError("--system needs --chat")
     text = _read_prompt() if prompt == "-" else prompt
     from hearth.engine import Engine
 
-    with Engine.load(model, dtype=dtype, max_model_len=max_model_len) as engine:
+    with Engine.load(model, **engine_settings) as engine:
         token_ids = chat_token_ids(engine, text, system) if chat else engine.encode(text)
         if as_json:
             _print_completions(engine, token_ids, text, params)

@@ -26,7 +26,7 @@ from hearth.cli.output import print_json, progress_bar
 )  # fmt: skip
 @click.option(
     "--tokens", "max_tokens", type=click.IntRange(min=1), default=32, show_default=True,
-    help="Greedy tokens of each prompt.",
+    help="Greedy tokens of each prompt; at least 8.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
 def parity(

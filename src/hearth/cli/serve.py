@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     help="A key that clients must send; repeatable. $HEARTH_SERVE__API_KEYS shows in no process list.",
 )  # fmt: skip
 @click.option("--require-api-keys", is_flag=True, default=None, help="Ask for a key of the workspace.")
+@click.option("--max-models", type=int, help="Models that may be loaded at once.")
+@click.option(
+    "--idle-unload-seconds", type=float,
+    help="Seconds after which a model that nobody asks gives its memory back.  [default: never]",
+)  # fmt: skip
 @click.option(
     "--allow-ungated", is_flag=True, default=None, help="Serve versions without a passed parity gate."
 )
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--swap-memory", type=int, help="Bytes to which preempted requests may be copied.")
 @click.option("--max-model-len", type=int, help="Longest prompt and answer together, in tokens.")
 @click.option("--max-num-seqs", type=int, help="Sequences that run at once.")
+@click.option("--max-num-batched-tokens", type=int, help="Tokens in one step of the engine.")
 @click.option("--kv-cache-memory", type=int, help="Bytes of the KV cache.")
 @click.option("--num-threads", type=int, help="CPU threads of each engine.")
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=PATH", help="A LoRA adapter; repeatable.")
@@ -56,6 +62,9 @@ def serve(models: tuple[str, ...], config_path: Path | None, as_json: bool, **op
     MODEL is name, name@version, name@alias, a directory in Hugging Face format or hf:org/name. A version
     is served if its files are whole and it has passed the parity gate (`hearth parity`). Ctrl-C lets open
     requests finish, a second Ctrl-C does not.
+
+    `hearth models load|reload|unload` change what it serves while it runs; $HEARTH_SERVE__ADMIN_KEY is the
+    operator's key for that, and for loading adapters. Further settings: `hearth config schema --for serve`.
     """
     from hearth.config import ServeConfig, load_settings
     from hearth.serving.run import serve as run_server
@@ -73,6 +82,7 @@ def _overrides(models: tuple[str, ...], options: dict[str, Any], config_path: Pa
     engine_keys = (
         *("dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_memory", "num_threads"),
         *("weights", "kv_dtype", "speculation", "tensor_parallel", "swap_memory"),
+        "max_num_batched_tokens",
         *("tool_parser", "reasoning_parser"),
     )
     engine = {key: options.pop(key) for key in engine_keys}

@@ -94,7 +94,8 @@ def _post(url: str, path: str, body: dict[str, Any], key: str | None) -> dict[st
             message = json.load(error)["error"]["message"]
         except (ValueError, KeyError, TypeError):
             message = f"{url} answers {error.code}; is it a Hearth server?"
-        raise _ERRORS.get(error.code, ServingError)(message) from None
+        fix = "give --admin-key, or set HEARTH_SERVE__ADMIN_KEY" if error.code == 401 else None
+        raise _ERRORS.get(error.code, ServingError)(message, fix=fix) from None
     except urllib.error.URLError as error:
         raise ServingError(
             f"no answer from {url}: {error.reason}", fix="start it with `hearth serve`"

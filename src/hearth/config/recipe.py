@@ -289,7 +289,7 @@ class EvaluateSection(Section):
     bits_per_byte: bool = Field(True, description="Bits per byte on the held-out documents.")
     parity: bool = Field(True, description="Run the parity gate on the registered version.")
     parity_prompts: PositiveInt = Field(8, description="Prompts of the parity gate.")
-    parity_tokens: PositiveInt = Field(32, description="Greedy tokens compared for each prompt.")
+    parity_tokens: int = Field(32, ge=8, description="Greedy tokens compared for each prompt; at least 8.")
 
 
 class RegisterSection(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from hearth.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
@@ -49,6 +49,13 @@ class ServedModel(Section):
         "auto", description="Format of its tool calls: auto (by its chat template), none or a name."
     )
     reasoning_parser: str = Field("auto", description="Format of its reasoning, likewise.")
+
+    @field_validator("name")
+    @classmethod
+    def _can_be_said(cls, name: str | None) -> str | None:
+        if name is not None and (not name.strip() or len(name) > 128 or not name.isprintable()):
+            raise ValueError("a name has 1 to 128 printable characters")
+        return name
 
 
 class ServeConfig(Section):
@@ -125,8 +132,3 @@ class ServeConfig(Section):
         if self.max_models is not None and len(self.models) > self.max_models:
             raise ValueError(f"there are {len(self.models)} models, and max_models is {self.max_models}")
         return self
-
-    @property
-    def authenticated(self) -> bool:
-        """Whether a request needs a key."""
-        return self.require_api_keys or bool(self.api_keys)

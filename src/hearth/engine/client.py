@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import os
 import signal
 import socket
@@ -30,6 +31,8 @@ from hearth.engine.params import SamplingParams, check_prompt
 from hearth.errors import EngineDeadError, EngineError, HearthError, RequestError
 from hearth.threads import limit_spinning
 
+logger = logging.getLogger(__name__)
+
 _KILL_AFTER = 5.0  # seconds that a process may take to leave after it was asked to
 
 
@@ -40,7 +43,8 @@ class AsyncEngine:
         self._process = process
         self._connection = connection
         self._loop = asyncio.get_running_loop()
-        self._queues: dict[str, asyncio.Queue[RequestOutput | HearthError]] = {}
+        self._queues: dict[str, asyncio.Queue[RequestOutput | HearthError]] = {}  # by name on the wire
+        self._wire_names: dict[str, str] = {}  # of the requests under way, by their ids
         self._tickets: dict[int, asyncio.Future[Any]] = {}  # of stats, and of changes to the adapters
         self._adapters: list[str] = []
         self._ticket_numbers = itertools.count()
@@ -122,6 +126,10 @@ class AsyncEngine:
                 self._last_heard = time.monotonic()
                 self._take(wire.decode_event(body))
         except (OSError, asyncio.IncompleteReadError):
+            self._die()
+        except Exception:  # a client that has gone deaf would leave every request waiting
+            logger.exception("an event of the engine process cannot be read; the process is ended")
+            self._process.kill()
             self._die()
 
     def _take(self, event: wire.Event) -> None:
@@ -228,8 +236,8 @@ class AsyncEngine:
         name = self._new_name(request_id)
         prompt_ids = self.encode(prompt)
         check_prompt(prompt_ids, self.max_model_len, int(self.model_info["vocab_size"]))
-        command = wire.AddRequest(name, prompt_ids, params)
-        async with contextlib.aclosing(self._outputs(command, params.n)) as outputs:
+        command = wire.AddRequest(self._wire_name(name), prompt_ids, params)
+        async with contextlib.aclosing(self._outputs(name, command, params.n)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -248,23 +256,29 @@ class AsyncEngine:
         name = self._new_name(request_id)
         prompt_ids = self.encode(prompt)
         check_prompt(prompt_ids, self.max_model_len, int(self.model_info["vocab_size"]), num_answer=0)
-        command = wire.AddEmbedding(name, prompt_ids, pooling, normalize)
-        async with contextlib.aclosing(self._outputs(command, 1)) as outputs:
+        command = wire.AddEmbedding(self._wire_name(name), prompt_ids, pooling, normalize)
+        async with contextlib.aclosing(self._outputs(name, command, 1)) as outputs:
             return embedding_of(await anext(outputs))
 
     def _new_name(self, request_id: str | None) -> str:
         name = request_id or f"request-{next(self._request_numbers)}"
-        if name in self._queues:
+        if name in self._wire_names:
             raise RequestError(f"request id {name!r} is in use", param="request_id")
         return name
 
+    def _wire_name(self, name: str) -> str:
+        """A name that no other request ever has: an id may be used again while the last outputs of the one
+        before, which was left early, are still under way."""
+        return f"{name}#{next(self._request_numbers)}"
+
     async def _outputs(
-        self, command: wire.AddRequest | wire.AddEmbedding, unfinished: int
+        self, request_id: str, command: wire.AddRequest | wire.AddEmbedding, unfinished: int
     ) -> AsyncGenerator[RequestOutput, None]:
         """What a request gains until that many of its sequences are finished; aborts it if left early."""
         name = command.request_id
         queue: asyncio.Queue[RequestOutput | HearthError] = asyncio.Queue()
         self._queues[name] = queue
+        self._wire_names[request_id] = name
         try:
             self._send(command)
             while unfinished:
@@ -275,16 +289,18 @@ class AsyncEngine:
                 if output.error is not None:
                     raise EngineError(f"the engine failed while it computed this request: {output.error}")
                 unfinished -= output.finished
+                output.request_id = request_id
                 yield output
         finally:
-            del self._queues[name]
-            if unfinished:
-                await self.abort(name)
+            del self._queues[name], self._wire_names[request_id]
+            if unfinished and self._dead is None:
+                self._send(wire.AbortRequest(name))
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream ends with finish_reason "abort". Unknown ids are ignored."""
-        if self._dead is None:
-            self._send(wire.AbortRequest(request_id))
+        name = self._wire_names.get(request_id)
+        if self._dead is None and name is not None:
+            self._send(wire.AbortRequest(name))
 
     async def stats(self) -> EngineStats:
         """What the engine is doing; answered between two steps."""

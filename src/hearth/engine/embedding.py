@@ -88,6 +88,11 @@ class EmbeddingSequence:
     def is_complete(self) -> bool:
         return self._num_taken == self.request.num_prompt_tokens
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model gave numbers for all of the text."""
+        return self._pool_D is not None and bool(torch.isfinite(self._pool_D).all())
+
     def flush_output(self) -> RequestOutput:
         request = self.request
         output = RequestOutput(
@@ -100,10 +105,6 @@ class EmbeddingSequence:
         if self.reason == "stop":
             assert self._pool_D is not None
             pool_D = self._pool_D / self._num_taken if request.pooling == "mean" else self._pool_D
-            if not bool(torch.isfinite(pool_D).all()):
-                output.finish_reason = "error"
-                output.error = "the model computed NaN or infinity for this text"
-                return output
             if self.normalize:
                 pool_D = torch.nn.functional.normalize(pool_D, dim=0)
             output.embedding = pool_D.tolist()

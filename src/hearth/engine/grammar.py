@@ -19,6 +19,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from copy import copy
 from typing import Any
 
@@ -101,11 +102,16 @@ class GrammarCompiler:
         self._tokenizer: LLTokenizer | None = None
         self._cache: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
 
+    def warm_up(self) -> None:
+        """Read the tokenizer now, if it can be read, so that no request waits for it."""
+        with self._lock, suppress(RequestError):
+            self._tokenizer = self._tokenizer or self._read_tokenizer()
+
     def compile(self, guided: Guided) -> LLMatcher:
         """The grammar at its start; raises `RequestError` with llguidance's own words if it cannot be.
 
-        The first call reads the tokenizer (0.9 s of a processor for 150,000 tokens); after that a schema of
-        usual size takes about a millisecond.
+        The first call reads the tokenizer (0.9 s of a processor for 150,000 tokens), unless `warm_up` did;
+        after that a schema of usual size takes about a millisecond.
         """
         key = _key(guided)
         kind, text = key

@@ -9,7 +9,6 @@ Legend: M rows of input, N outputs, K inputs of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -31,8 +30,6 @@ _GROUP = 64
 # The attribute of a linear layer that must stay as it is, because the model reads its weight itself.
 KEEP = "_hearth_keep_linears"
 
-Delta = Callable[[torch.Tensor, torch.Tensor], None]
-
 
 class Product(Protocol):
     """x [..., K] -> [..., N], bias included."""
@@ -47,7 +44,6 @@ class PackedLinear(nn.Module):
     native: the weight as the compiled kernels take it; None if another product is in use.
     tied_to: the name of the parameter that its weight is too, in a model whose weights are tied; else empty.
     transposed: whether the model itself holds its weight as [K, N].
-    delta: called as ``delta(x [..., K], out [..., N])`` after the product, to add to ``out`` in place.
     """
 
     def __init__(
@@ -67,7 +63,6 @@ class PackedLinear(nn.Module):
         self.weight = torch.empty_like(weight_NK, device="meta")
         self.name, self.tied_to, self.transposed = name, tied_to, transposed
         self.device = weight_NK.device
-        self.delta: Delta | None = None
         self._weights, self._use_native = weights, use_native
         self.repack(weight_NK, bias_N)
 
@@ -78,10 +73,7 @@ class PackedLinear(nn.Module):
         self.native = self.product if isinstance(self.product, NativeWeight) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.product.multiply(x)
-        if self.delta is not None:
-            self.delta(x, out)
-        return out
+        return self.product.multiply(x)
 
     def extra_repr(self) -> str:
         return (
@@ -167,10 +159,8 @@ class TorchInt4:
         return out if self.bias is None else out + self.bias
 
 
-def can_pack(dtype: torch.dtype, device: torch.device, weights: str = "auto") -> bool:
-    """Whether packed weights are possible and worth it here."""
-    if weights != "auto":
-        return dtype.is_floating_point
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether packing weights as they are is possible and worth it here."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):

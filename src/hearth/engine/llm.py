@@ -87,7 +87,9 @@ class Engine:
         )
         self.scheduler.max_num_scores = max_positions(self.vocab_size)
         self._sequences: dict[tuple[str, int], Sequence | EmbeddingSequence] = {}
+        self._num_open: Counter[str] = Counter()  # of them, by request id
         self._selections: dict[str, BestOf] = {}
+        self._late: list[RequestOutput] = []  # the last of sequences that an interrupt ended
         self.adapters = AdapterSet(model, config.max_adapters)
         self._seeds = np.random.Generator(np.random.Philox(config.seed))
         self._request_ids = (f"request-{i}" for i in itertools.count())
@@ -152,6 +154,7 @@ class Engine:
                 grammar = self.grammars.start(params.guided, params.stop_token_ids)
             request = Request(request_id, index, prompt, params, max_new_tokens, adapter_hash=adapter_hash)
             request.skip_prefix = request.wants_scores
+            self._num_open[request_id] += 1
             self._sequences[request.key] = Sequence(
                 request,
                 SamplingState(params, prompt, index, self.eos_ids, fallback_seed, grammar),
@@ -177,12 +180,13 @@ class Engine:
         pooling = pooling_of(self.path, pooling)
         request = Request(request_id, 0, prompt, SamplingParams(), 0, pooling=pooling)
         request.skip_prefix = pooling != "last"
+        self._num_open[request_id] += 1
         self._sequences[request.key] = EmbeddingSequence(request, normalize=normalize)
         self.scheduler.add(request)
         self._num_prompt_tokens += len(prompt)
 
     def _check_id(self, request_id: str) -> None:
-        if any(key[0] == request_id for key in self._sequences):
+        if self._num_open[request_id]:
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")
 
     def _check_params(self, params: SamplingParams) -> None:
@@ -268,18 +272,26 @@ class Engine:
     def abort(self, request_id: str) -> list[RequestOutput]:
         """End a request and free its blocks; unknown ids are ignored. Returns the final outputs."""
         keys = [key for key in self._sequences if key[0] == request_id]
-        return self._select([self._end(self._sequences[key], "abort") for key in keys])
+        late = [output for output in self._late if output.request_id == request_id]
+        self._late = [output for output in self._late if output.request_id != request_id]
+        return late + self._select([self._end(self._sequences[key], "abort") for key in keys])
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        """Whether `step` has something to compute or to tell."""
+        return self.scheduler.has_work or bool(self._late)
 
     def step(self) -> list[RequestOutput]:
         """Compute one plan; what each of its sequences gained.
 
         An exception inside the model or the sampler ends the requests of the plan with finish_reason
-        "error", and the engine goes on. So it does after a KeyboardInterrupt, which is passed on.
+        "error", and the engine goes on. So it does after a KeyboardInterrupt there, which is passed on; the
+        next call tells what became of the requests that it hit. (Between plans a KeyboardInterrupt may leave
+        requests half told: close the engine then. An engine process ignores it.)
         """
+        if self._late:
+            late, self._late = self._late, []
+            return late
         if self.leader is not None:
             self.leader.check()
         if self.speculator is not None:
@@ -297,30 +309,31 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - whatever broke, the other requests must live
             return self._select(self._fail(plan, error))
         except BaseException:  # Ctrl-C
-            self._drop(plan, "abort")
+            self._late = self._select(self._drop(plan, "abort"))
             raise
         self.scheduler.costs.observe(plan, time.perf_counter() - started)
         if self.speculator is not None:
             self.speculator.observe(plan, chosen)
-        return self._select([self._settle(each) for each in chosen] + embedded)
+        outputs = [self._settle(each) for each in chosen] + [self._end_embedding(each) for each in embedded]
+        return self._select(outputs)
 
     def _sequence(self, request: Request) -> Sequence:
         sequence = self._sequences[request.key]
         assert isinstance(sequence, Sequence)
         return sequence
 
-    def _pool(self, plan: Plan) -> list[RequestOutput]:
-        """Hand the hidden states of a step to the prompts that are embedded; the outputs of those done."""
-        outputs, first = [], 0
+    def _pool(self, plan: Plan) -> list[EmbeddingSequence]:
+        """Hand the hidden states of a step to the prompts that are embedded; those that are done."""
+        done, first = [], 0
         for row in plan.rows:
             sequence = self._sequences.get(row.request.key)
             if isinstance(sequence, EmbeddingSequence):
                 assert self.runner.hidden_TD is not None
                 sequence.take(row.start, self.runner.hidden_TD[first : first + row.num_tokens])
                 if sequence.is_complete:
-                    outputs.append(self._end(sequence, "stop"))
+                    done.append(sequence)
             first += row.num_tokens
-        return outputs
+        return done
 
     def _select(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
         """Hold back the outputs of requests with best_of until the best ones are known."""
@@ -359,10 +372,18 @@ class Engine:
         if request.adapter_hash:
             self._collect_adapters()
         del self._sequences[request.key]
+        self._num_open[request.request_id] -= 1
+        if not self._num_open[request.request_id]:
+            del self._num_open[request.request_id]
         return sequence.flush_output()
 
-    def _reject(self, sequence: Sequence, error: str) -> RequestOutput:
-        """End a sequence for which there was no token to choose; nobody may reuse its blocks."""
+    def _end_embedding(self, sequence: EmbeddingSequence) -> RequestOutput:
+        if sequence.is_finite:
+            return self._end(sequence, "stop")
+        return self._reject(sequence, "the model computed NaN or infinity for this text")
+
+    def _reject(self, sequence: Sequence | EmbeddingSequence, error: str) -> RequestOutput:
+        """End a sequence that the model computed no numbers for; nobody may reuse its blocks."""
         self.pool.forget(sequence.request.live_block_ids)
         output = self._end(sequence, "error")
         output.error = error
@@ -402,11 +423,13 @@ class Engine:
                 self.add_request(name, prompt_ids, param)
                 for index in range(param.n):
                     completions[name, index] = start_completion(prompt, prompt_ids, index, param)
-            while any(not completion.finish_reason for completion in completions.values()):
+            unfinished = len(completions)
+            while unfinished:
                 for output in self.step():
                     completion = completions.get((output.request_id, output.index))
                     if completion is not None:
                         extend_completion(completion, output)
+                        unfinished -= output.finished
         except BaseException:
             for name in names:
                 self.abort(name)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import msgspec
 
-FINISH_REASONS = ("stop", "length", "abort", "error")
-
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """The log-probability of one token, and the most likely tokens at its position, best first."""

@@ -189,9 +189,7 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
-def check_prompt(
-    prompt: Sequence[int], max_model_len: int, vocab_size: int, *, num_answer: int = 1
-) -> None:
+def check_prompt(prompt: Sequence[int], max_model_len: int, vocab_size: int, *, num_answer: int = 1) -> None:
     """Raise `RequestError` if this prompt cannot be completed by ``num_answer`` tokens."""
     if not prompt:
         raise RequestError("the prompt is empty", fix="give at least one token", param="prompt")

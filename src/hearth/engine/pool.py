@@ -14,6 +14,7 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
+from hearth.engine.plan import Copies
 from hearth.engine.request import Request
 from hearth.engine.swap import HostPool
 
@@ -48,8 +49,8 @@ class BlockPool:
         self._references = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
-        self.swap_out: list[tuple[int, int]] = []  # of the step that is being planned
-        self.swap_in: list[tuple[int, int]] = []
+        self._swap_out: list[tuple[int, int]] = []  # for the next plan
+        self._swap_in: list[tuple[int, int]] = []
         self.query_tokens = 0
         self.hit_tokens = 0
 
@@ -89,10 +90,17 @@ class BlockPool:
 
     # -- giving out and taking back ----------------------------------------------------------------------
     def begin_step(self) -> None:
-        """The copies of the last plan were made, or will never be."""
-        self.swap_out, self.swap_in = [], []
+        """The copies of the last plan were made, or will never be. Blocks may have been taken since, for
+        drafts; their copies go with the next plan."""
         if self.host is not None:
             self.host.begin_step()
+
+    def take_copies(self) -> tuple[Copies, Copies]:
+        """The copies out and in that the next plan must make before it computes."""
+        copies = tuple(self._swap_out), tuple(self._swap_in)
+        self._swap_out.clear()
+        self._swap_in.clear()
+        return copies
 
     def find(self, request: Request) -> list[int | None]:
         """The blocks with which ``request`` could begin; None for one that the host pool has.
@@ -224,7 +232,7 @@ class BlockPool:
     def _fetch(self, block_hash: bytes) -> int:
         """A block into which the next step copies what the host pool has."""
         assert self.host is not None
-        self.swap_in.append((self.host.fetch(block_hash), block_id := self._take()))
+        self._swap_in.append((self.host.fetch(block_hash), block_id := self._take()))
         self._publish(block_id, block_hash)
         return block_id
 
@@ -238,7 +246,7 @@ class BlockPool:
             assert block_hash is not None
             slot = None if self.host is None else self.host.save(block_hash)
             if slot is not None:
-                self.swap_out.append((block_id, slot))
+                self._swap_out.append((block_id, slot))
             self._unpublish(block_id)
         assert self._references[block_id] == 0
         assert self._hash_of[block_id] is None

@@ -6,6 +6,7 @@ application is gone and the process ends at once, whatever it is doing. Nothing 
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -86,6 +87,10 @@ class EngineLoop:
         self.stopping = False
         self.preparing: dict[str, wire.AddRequest] = {}
         self.compiling = ThreadPoolExecutor(1, "hearth-engine-grammars")
+        self.compiling.submit(self.engine.grammars.warm_up)
+        # What a model leaves in memory stays: the collector need not look at it again, while requests wait.
+        gc.collect()
+        gc.freeze()
         self.last_beat = 0.0
 
     def send(self, message: wire.Event) -> None:

@@ -99,8 +99,7 @@ class Scheduler:
                     step.extend(request, num_tokens)
         self._admit(step)
         assert step.rows or not self.has_work, "there is work, but nothing was planned"
-        pool = self.pool
-        return Plan(tuple(step.rows), tuple(step.preempted), tuple(pool.swap_out), tuple(pool.swap_in))
+        return Plan(tuple(step.rows), tuple(step.preempted), *self.pool.take_copies())
 
     def _displace(self, step: _Step) -> None:
         """Make room for the head of the line, if it has a better priority than sequences that run.

@@ -10,7 +10,6 @@ Legend: T tokens of the step, D hidden size.
 from __future__ import annotations
 
 import ctypes
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ from hearth.engine.native.decoder import (
     functions,
 )
 from hearth.engine.native.gemm import aligned_memory
+from hearth.engine.rotary import Positions, RotaryTables, Unsuited
 
 if TYPE_CHECKING:
     from hearth.engine.runner import Runner
@@ -46,27 +46,25 @@ _ACTIVATIONS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
     lambda x: F.relu(x).square(),
 )  # in the order of decoder.h
 _LAYER_CHILDREN = {"self_attn", "mlp"}
-_TABLE_CHUNK = 4096  # positions
 # Two ways of rounding bfloat16 are some percent apart after many layers; another arithmetic is far away.
 _TOLERANCE = 0.08
 
 logger = logging.getLogger(__name__)
 
 
-class Unsuited(Exception):
-    """Why the layers of a model are not of the kernels' form."""
-
-
 class DecoderStack:
     """Takes the place of the base model's ``forward`` while the engine's own attention is in use."""
 
-    def __init__(self, base: nn.Module, kv: Sequence[LayerKV], max_model_len: int) -> None:
+    def __init__(
+        self, base: nn.Module, kv: Sequence[LayerKV], max_model_len: int, positions: Positions
+    ) -> None:
         """Read ``base``; raises `Unsuited`."""
         self.base, self.step, self.kv = base, kv[0].step, list(kv)
         config: Any = base.config
         self.config = config
         self.hidden_size: int = self.config.hidden_size
-        self._tables = _RotaryTables(base, max_model_len)
+        self.max_model_len = max_model_len
+        self._tables, self._positions = RotaryTables(base, max_model_len), positions
         self.read_weights()
         self.embed: nn.Module = _child(base, "embed_tokens")
         self._workspace = torch.zeros(0, dtype=torch.uint8)
@@ -80,7 +78,10 @@ class DecoderStack:
         if len(modules) != len(kv):
             raise Unsuited(f"{len(modules)} layers call attention {len(kv)} times")
         self.layers = (DecoderLayer * len(kv))(
-            *(self._read_layer(module, each, self._tables) for module, each in zip(modules, kv, strict=True))
+            *(
+                self._read_layer(module, each, self._tables, self._positions)
+                for module, each in zip(modules, kv, strict=True)
+            )
         )
         self.final_norm = self._norm(_child(self.base, "norm"), self.hidden_size)
 
@@ -101,19 +102,24 @@ class DecoderStack:
                 input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
             )
         hidden_1TD = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.clone()
-        self._run(hidden_1TD.contiguous())
+        hidden_1TD = hidden_1TD.contiguous()
+        self._run(hidden_1TD)
         return BaseModelOutputWithPast(last_hidden_state=hidden_1TD)
 
     def _run(self, hidden_1TD: torch.Tensor) -> None:
         """Replace the rows of the step by what the layers make of them."""
         lib = functions()
-        attention = self.kv[0].native
+        attention, positions_T = self.kv[0].native, self.step.positions_np
         assert attention is not None
+        # What the kernels index without looking.
+        assert hidden_1TD.dtype is torch.bfloat16
+        assert hidden_1TD.shape == (1, len(positions_T), self.hidden_size)
+        assert positions_T.max() < self.max_model_len
         attention.fill_step(self.step)
         step = DecoderStep(
             num_tokens=hidden_1TD.shape[1],
             hidden_size=self.hidden_size,
-            positions=self.step.positions_np.ctypes.data,
+            positions=positions_T.ctypes.data,
             hidden=hidden_1TD.data_ptr(),
             attention=attention.args,
         )
@@ -131,7 +137,9 @@ class DecoderStack:
         )
 
     # -- reading -----------------------------------------------------------------------------------------
-    def _read_layer(self, module: nn.Module, kv: LayerKV, tables: _RotaryTables) -> DecoderLayer:
+    def _read_layer(
+        self, module: nn.Module, kv: LayerKV, tables: RotaryTables, positions: Positions
+    ) -> DecoderLayer:
         norms = _layer_norms(module)
         attention, mlp = _child(module, "self_attn"), _child(module, "mlp")
         if kv.native is None or kv.spec.sinks:
@@ -150,11 +158,13 @@ class DecoderStack:
             if size not in (spec.key_dim, num_heads * spec.key_dim):
                 raise Unsuited(f"{name} has {size} weights")
             setattr(result, field, self._norm(norm, size))
+        turns = None
         if getattr(attention, "use_rope", True):
-            cos, sin = tables.of(getattr(attention, "layer_idx", None))
+            cos, sin = turns = tables.of(getattr(attention, "layer_idx", None))
             self._alive += [cos, sin]
-            result.rotary_dim, result.num_positions = 2 * cos.shape[1], cos.shape[0]
+            result.rotary_dim = 2 * cos.shape[1]
             result.cos, result.sin = cos.data_ptr(), sin.data_ptr()
+        positions.check(attention, turns)
         self._read_mlp(mlp, result)
         result.attention = kv.native.args
         return result
@@ -289,46 +299,6 @@ def _which_activation(act: Callable[[torch.Tensor], torch.Tensor]) -> int:
     raise Unsuited(f"its activation is {type(act).__name__}")
 
 
-class _RotaryTables:
-    """Cosines and sines of all positions, as the model itself computes them for its dtype; a pair a kind."""
-
-    def __init__(self, base: nn.Module, num_positions: int) -> None:
-        self.rotary = _child(base, "rotary_emb")
-        self.config: Any = base.config
-        self.num_positions = num_positions
-        self.by_type = "layer_type" in inspect.signature(self.rotary.forward).parameters
-        self.dtype = next(base.parameters()).dtype
-        self._made: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def of(self, layer_index: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """[positions, rotated dims / 2] cosines and sines of this layer, float32."""
-        kind = None
-        if self.by_type:
-            if layer_index is None:
-                raise Unsuited("its attention does not say which layer it is")
-            kind = self.config.layer_types[layer_index]
-        if kind not in self._made:
-            self._made[kind] = self._make(kind)
-        return self._made[kind]
-
-    @torch.inference_mode()
-    def _make(self, kind: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-        like = torch.zeros(1, 1, 1, dtype=self.dtype)
-        arguments = () if kind is None else (kind,)
-        halves: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        for begin in range(0, self.num_positions, _TABLE_CHUNK):
-            positions = torch.arange(begin, min(begin + _TABLE_CHUNK, self.num_positions))[None]
-            pair = self.rotary(like, positions, *arguments)
-            if not isinstance(pair, tuple) or len(pair) != 2 or pair[0].dim() != 3:
-                raise Unsuited("its rotary embedding has another form")
-            for half, table in zip(halves, pair, strict=True):
-                left, right = table[0].float().chunk(2, dim=-1)
-                if not torch.equal(left, right):
-                    raise Unsuited("its rotary embedding pairs neighbours")
-                half.append(left)
-        return torch.cat(halves[0]).contiguous(), torch.cat(halves[1]).contiguous()
-
-
 def install(
     model: PreTrainedModel, runner: Runner, vocab_size: int, max_model_len: int
 ) -> DecoderStack | None:
@@ -336,23 +306,28 @@ def install(
 
     Uses the first blocks, so it must run before any request.
     """
+    stack: DecoderStack | None = None
     try:
         if model.dtype is not torch.bfloat16 or model.device.type != "cpu":
             raise Unsuited(f"the kernels compute bfloat16 on a CPU, not {model.dtype} on {model.device.type}")
+        positions = Positions(model, vocab_size, max_model_len)
         expected = _observe(runner, vocab_size, max_model_len)
-        stack = DecoderStack(model.base_model, runner.layers, max_model_len)
+        stack = DecoderStack(model.base_model, runner.layers, max_model_len, positions)
         got = _observe(runner, vocab_size, max_model_len)
         errors = (
             float((a - b).norm() / b.norm().clamp_min(1e-6)) for a, b in zip(got, expected, strict=True)
         )
         error = max(errors)
         if not error <= _TOLERANCE:
-            stack.remove()
             raise Unsuited(f"its layers as the kernels read them differ from its own by {error:.1%}")
+        return stack
     except Unsuited as reason:
         logger.info("%s runs module by module: %s", type(model).__name__, reason)
-        return None
-    return stack
+    except Exception:  # a model that is built unlike any other still runs by its own modules
+        logger.warning("%s runs module by module: reading it failed", type(model).__name__, exc_info=True)
+    if stack is not None:
+        stack.remove()
+    return None
 
 
 def _observe(runner: Runner, vocab_size: int, max_model_len: int) -> list[torch.Tensor]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hearth.workspace import ModelVersion
 
 Advance = Callable[[int], None]
+MIN_TOKENS = 8  # of a gate: the first comes of the prompt alone, and only later ones show the cache at work
 
 
 def find_version(reference: str | Path, directory: Path, workspace: Workspace) -> ModelVersion | None:
@@ -63,7 +64,12 @@ def run_gate(
     ``dtype`` is the precision of serving; ``auto`` is the one that the engine chooses by itself, and the
     report names it. ``weights`` and ``kv_dtype`` compress the engine's side as `EngineConfig` says. The
     engine is closed before the training-side model is opened, so that both need not fit into memory together.
+    Raises InputError for fewer than 8 tokens, which would let pass what goes wrong from the second on.
     """
+    if max_tokens < MIN_TOKENS:
+        raise InputError(
+            f"a parity gate of {max_tokens} token(s) is none", fix=f"compare at least {MIN_TOKENS}"
+        )
     from hearth.data.tokenizer import DataTokenizer
     from hearth.engine import Engine
     from hearth.models import load_model, resolve_reference

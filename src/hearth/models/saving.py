@@ -9,7 +9,6 @@ import shutil
 import uuid
 from pathlib import Path
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hearth.errors import StorageError
@@ -134,8 +133,3 @@ def _complete_config(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         if value.get(key) is None and getattr(tokenizer, key) is not None:
             value[key] = getattr(tokenizer, key)
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def model_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all weights, tied ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -55,6 +55,8 @@ def guided_of(request: Constrained) -> Guided | None:
     found: dict[str, Guided] = {}
     for name in ("json", "regex", "grammar", "choice"):
         value = getattr(request, f"guided_{name}")
+        if value == []:
+            raise invalid(f"guided_{name} is empty: no answer would be allowed", f"guided_{name}")
         if value is not None:
             found[f"guided_{name}"] = Guided(**{name: value})
     outputs = request.structured_outputs
@@ -65,6 +67,11 @@ def guided_of(request: Constrained) -> Guided | None:
         }  # fmt: skip
         if outputs.json_object:
             given.setdefault("json", ANY_OBJECT)
+        if not any(given.values()):
+            raise invalid(
+                "structured_outputs says no form: give one of json, regex, grammar, choice, json_object",
+                "structured_outputs",
+            )
         found["structured_outputs"] = Guided(**given)
     if request.response_format is not None and request.response_format.type != "text":
         found["response_format"] = Guided(json=_schema(request.response_format))
@@ -75,8 +82,11 @@ def guided_of(request: Constrained) -> Guided | None:
 
 def form_field(request: Constrained) -> str:
     """The field that constrains the answer, for errors about what it says."""
-    given = (name for name in Constrained.__struct_fields__ if getattr(request, name) is not None)
-    return next(given, "guided")
+    form = request.response_format
+    given = [name for name in Constrained.__struct_fields__ if getattr(request, name) is not None]
+    if form is not None and form.type == "text":  # any text will do: it constrains nothing
+        given.remove("response_format")
+    return next(iter(given), "guided")
 
 
 def _schema(form: ResponseFormat) -> dict[str, Any]:

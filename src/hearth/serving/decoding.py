@@ -11,6 +11,7 @@ import msgspec
 from hearth.serving.http import HttpError
 
 Struct = TypeVar("Struct", bound=msgspec.Struct)
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # that decoding a body may raise
 
 
 def decode(body: bytes, kind: type[Struct]) -> Struct:
@@ -19,8 +20,14 @@ def decode(body: bytes, kind: type[Struct]) -> Struct:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise explain(str(error), body, kind) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise HttpError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    except NOT_JSON as error:
+        raise not_json(error) from None
+
+
+def not_json(error: Exception) -> HttpError:
+    """Why a body is no JSON, of an error in NOT_JSON."""
+    what = "is nested too deeply" if isinstance(error, RecursionError) else f"is not valid JSON: {error}"
+    return HttpError(400, f"the body {what}", code="invalid_json")
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> HttpError:
@@ -63,6 +70,8 @@ def explain(text: str, body: bytes, kind: type[msgspec.Struct]) -> HttpError:
     given = _value_at(body, param)
     what = what[0].lower() + what[1:]
     shown = f"{param}: {what}" if param else f"the body: {what}"
+    if match := re.fullmatch(r"invalid enum value '(.*)'", what, re.DOTALL):
+        shown, given = f"{param}: {match[1]!r} is not one of its values", None
     if param and given is not None and not what.endswith(f"got {given}"):
         shown += f", got {given}"
     return HttpError(400, shown, param=param or None, code="invalid_value")
@@ -72,7 +81,7 @@ def _value_at(body: bytes, param: str) -> str | None:
     """The short scalar at ``a.b[0].c`` of the body, as JSON; text of people is not repeated."""
     try:
         value: Any = msgspec.json.decode(body)
-    except msgspec.DecodeError:  # a number out of range, which is what is being explained
+    except NOT_JSON:  # a number out of range, or the depth, which is what is being explained
         return None
     for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", param):
         try:

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from hearth.serving.constraints import Constrained
-from hearth.serving.decoding import decode, explain
+from hearth.serving.decoding import NOT_JSON, decode, explain, not_json
 from hearth.serving.http import HttpError
 from hearth.serving.messages import ChatMessage
 from hearth.serving.tool_use import Tool, ToolChoice
@@ -226,8 +226,8 @@ def routing_fields(body: bytes) -> Routing:
         return _routing_decoder.decode(body)
     except msgspec.ValidationError as error:
         raise explain(str(error), body, Sampling) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise HttpError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    except NOT_JSON as error:
+        raise not_json(error) from None
 
 
 def _num_texts(raw: msgspec.Raw) -> int:

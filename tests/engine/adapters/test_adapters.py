@@ -200,6 +200,27 @@ def test_what_cannot_be_applied_is_refused(
         assert engine.generate([prompts[1]], greedy("one"))[0].finish_reason
 
 
+def test_without_memory_for_another_nothing_changes(
+    adapters: dict[str, Path],
+    family_model: Any,
+    prompts: list[list[int]],
+    expected: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_memory(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError
+
+    with Engine.from_model(family_model("llama"), max_model_len=200) as engine:
+        engine.load_adapter("wide", adapters["wide"])
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "cat", no_memory)
+            with pytest.raises(MemoryError):
+                engine.load_adapter("thin", adapters["thin"])
+        assert engine.adapters.names == ["wide"]
+        got = engine.generate(prompts, greedy("wide"))
+        assert [completion.token_ids for completion in got] == expected["wide"]
+
+
 async def test_through_the_process(
     adapters: dict[str, Path], model_dir: Path, expected: Any, prompts: Any
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,11 +101,9 @@ def test_native_result_depends_on_the_sequence_alone(isa: str, batch_of: Any) ->
 def test_nan_in_a_sequence_stays_in_it_and_stays_visible(path: str, batch_of: Any) -> None:
     if path == "native" and library() is None:
         pytest.skip(why_not())
-    for kv_dtype in ("auto", "int8"):
-        batch = batch_of(
-            SPECS["one head each"], path, torch.bfloat16, kv_dtype=kv_dtype, lengths=[(5, 1), (40, 20)]
-        )
-        batch.keys[0][2] = float("nan")
+    for kv_dtype, name in itertools.product(("auto", "int8"), ("one head each", "groups of 4, softcap")):
+        batch = batch_of(SPECS[name], path, torch.bfloat16, kv_dtype=kv_dtype, lengths=[(5, 1), (40, 20)])
+        batch.keys[0][2, 0, 3] = float("nan")  # not the last of its lane of 16
         batch.run(0, [0, 1])
         out = batch.run(1, [0, 1])
         assert out[0][1].isnan().any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -95,7 +96,18 @@ def test_the_instruction_set_can_be_chosen(tmp_path: Path, monkeypatch: pytest.M
         build._load()
 
 
+def test_a_full_disk_is_no_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build.tempfile, "TemporaryDirectory", full)
+    with pytest.raises(build._Unavailable, match=r"no room for compiled kernels: .*No space left on device"):
+        build.build([fake_compiler(tmp_path, 'echo "version 1"')], ("avx512f",))
+
+
 def test_a_cpu_without_the_instructions_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HEARTH_NATIVE", raising=False)
     monkeypatch.setattr(build, "_cpu_flags", lambda: ("avx512f", "avx2"))
     with pytest.raises(build._Unavailable, match="the CPU has no avx512bw, avx512dq"):
         build._load()

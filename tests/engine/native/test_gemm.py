@@ -135,6 +135,18 @@ def test_no_numbers_stay_no_numbers() -> None:
         assert not out[2].isfinite().any(), name
 
 
+def test_no_numbers_in_a_weight_are_not_lost_in_quantising() -> None:
+    for value in (torch.nan, torch.inf):
+        weight_NK = random(20, 100)
+        weight_NK[4, 7] = value
+        for packed in (
+            gemm.pack_int8(gemm.quantize_int8(weight_NK)), gemm.pack_int4(gemm.quantize_int4(weight_NK))
+        ):  # fmt: skip
+            out = packed.multiply(random(6, 100))
+            assert not out[:, 4].isfinite().any()
+            assert out[:, [0, 3, 5, 19]].isfinite().all()
+
+
 def test_empty_input_and_more_dimensions() -> None:
     packed = gemm.pack_bf16(random(8, 32))
     assert packed.multiply(random(0, 32)).shape == (0, 8)

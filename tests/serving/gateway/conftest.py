@@ -138,8 +138,14 @@ async def start_fleet(
 
     def make_spec(model: Resolved) -> WorkerSpec:
         script = scripts[model.entry.model]
-        values = {"version": script.version, "aliases": (), "arguments": script.arguments, **changes}
-        return spec(model.name, **values)
+        adapters = tuple(f"{name}={path}" for name, path in model.entry.adapters.items())
+        values = {
+            "version": script.version,
+            "aliases": (),
+            "arguments": script.arguments,
+            "adapters": adapters,
+        }
+        return spec(model.name, **{**values, **changes})
 
     fleet = Fleet(gateway, folder, make_spec, limits or Limits(drain_timeout=10.0), claim)
     gateway.attach(fleet, resolve)

@@ -40,6 +40,15 @@ async def test_what_is_refused(start_gateway) -> None:
         assert (status, body["error"]["param"]) == (400, "lora_nam")
 
 
+async def test_an_unexpected_error_has_the_shape_of_the_others(start_gateway, monkeypatch) -> None:
+    async with start_gateway() as running:
+        monkeypatch.setattr(running.gateway, "route", lambda _model: 1 // 0)
+        status, body = await load(running)
+        assert status == 500
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        assert "ZeroDivisionError" not in body["error"]["message"]
+
+
 async def test_an_adapter_finds_its_model_among_several(start_gateway, worker_spec) -> None:
     specs = [worker_spec("one"), worker_spec("two", adapters=("rude=there",))]
     async with start_gateway(*specs) as running:

@@ -134,6 +134,46 @@ async def test_reload_resolves_the_reference_again(start_fleet, script) -> None:
         assert (await running.post(LOAD, model="m"))[1]["adapters"] == []  # this says what it wants
 
 
+async def test_reload_means_what_is_served_not_what_failed_to_replace_it(start_fleet, script) -> None:
+    broken = script("m@2", ("--fail-with", "no weights"))
+    async with start_fleet({"m:a": script("m@1"), "m:b": broken}, "m:a") as running:
+        pid = running.gateway.route("m").pid
+        assert says(await running.post(LOAD, model="m:b")) == (400, "load_failed")
+        assert await rows(running) == [("m", "m@1", "ready"), ("m", "m@2", "failed")]
+        status, body, _ = await running.post(RELOAD, name="m")
+        assert (status, body.get("version")) == (200, "m@1"), body
+        assert running.gateway.route("m").pid != pid
+        assert ("m", "m@2", "failed") not in await rows(running)
+
+
+async def test_reload_tries_a_model_again_that_has_never_been_ready(start_fleet, script) -> None:
+    scripts = {"m": script("m@1", ("--fail-with", "no weights"))}
+    async with start_fleet(scripts) as running:
+        assert says(await running.post(LOAD, model="m")) == (400, "load_failed")
+        scripts["m"] = script("m@2")
+        status, body, _ = await running.post(RELOAD, name="m")
+        assert (status, body.get("version")) == (200, "m@2"), body
+
+
+async def test_reload_takes_the_adapters_that_are_held_not_those_of_the_start(start_fleet, script) -> None:
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    async with start_fleet({"m": script("m@1"), "n": script("n@1")}) as running:
+        adapters = {"kept": "a", "gone": "b", "moved": "old"}
+        assert (await running.post(LOAD, model="m", adapters=adapters))[0] == 200
+        for name in ("gone", "moved"):
+            assert (await running.post(unload, lora_name=name))[0] == 200
+        assert (await running.post(load, lora_name="moved", lora_path="new"))[0] == 200
+        assert (await running.post(LOAD, model="n", adapters={"gone": "c"}))[0] == 200  # the name is free
+        for _ in range(2):  # the second has the first as what it replaces
+            assert (await running.post(RELOAD, name="m"))[0] == 200
+            assert running.gateway.route("m").adapters == {"kept": "a", "moved": "new"}
+        assert running.gateway.route("gone").spec.name == "n"
+        assert says(await running.post(LOAD, model="m", adapters=adapters)) == (409, "name_taken")
+        adapters["gone again"] = adapters.pop("gone")
+        assert (await running.post(LOAD, model="m", adapters=adapters))[0] == 200
+        assert running.gateway.route("m").adapters == adapters  # a load says what it wants
+
+
 async def test_unloading_lets_open_requests_finish(start_fleet, script) -> None:
     async with start_fleet({"m": script("m@1"), "n": script("n@1")}, "m", "n") as running:
         worker = running.gateway.route("m")
@@ -251,7 +291,7 @@ async def test_limits_and_names_are_checked_before_a_process_starts(start_fleet,
         assert (await running.post(LOAD, model="b"))[0] == 200
         assert says(await running.post(LOAD, model="b", name="c")) == (409, "too_many_models")
         assert (await running.post(LOAD, model="b"))[0] == 200  # in its own place
-        assert len(worker_processes()) == 2
+        await running.until(lambda: len(worker_processes()) == 2)  # the old one goes by itself
 
 
 @pytest.mark.parametrize(
@@ -261,6 +301,8 @@ async def test_limits_and_names_are_checked_before_a_process_starts(start_fleet,
         (LOAD, {"model": "a", "dtyp": "float32"}, 400, "dtyp"),
         (LOAD, {"model": "a", "dtype": "int3"}, 400, "dtype"),
         (LOAD, {"model": 3}, 400, "model"),
+        (LOAD, {"model": "a", "name": "x\ny"}, 400, "printable"),
+        (LOAD, {"model": "a", "name": ""}, 400, "printable"),
         (LOAD, [1], 400, "object"),
         (UNLOAD, {}, 400, "name"),
         (UNLOAD, {"name": "x" * 500}, 404, "xxx"),
@@ -274,6 +316,8 @@ async def test_bad_bodies_are_told_what_is_wrong(start_fleet, path, body, status
         assert response.status == status, error
         assert names in error["message"]
         assert len(error["message"]) < 400
+        if status == 400 and path == LOAD and isinstance(body, dict):
+            assert error["param"] in ("model", "name", "dtype", *body)
 
 
 async def test_a_model_that_is_not_used_sleeps_and_wakes(start_fleet, script) -> None:
@@ -324,3 +368,53 @@ async def test_the_operators_key_also_asks_models(start_fleet, script) -> None:
         headers = {"authorization": "Bearer the-admin-key"}
         async with running.session.get(running.url + "/v1/models", headers=headers) as response:
             assert response.status == 200
+
+
+async def test_an_adapter_that_is_being_loaded_is_not_lost_by_a_reload(
+    start_fleet, script, tmp_path: Path
+) -> None:
+    gate = tmp_path / "go"
+    async with start_fleet({"one": script("one@1")}, "one") as running:
+        (old,) = running.gateway.workers
+        adapter = asyncio.create_task(
+            running.post("/v1/load_lora_adapter", lora_name="late", lora_path=f"wait:{gate}")
+        )
+        await running.until(old.adapters_lock.locked)
+        reload = asyncio.create_task(running.post(RELOAD, name="one"))
+        await asyncio.sleep(0.3)  # it waits by now
+        second = asyncio.create_task(
+            running.post("/v1/load_lora_adapter", lora_name="later", lora_path="somewhere")
+        )
+        await asyncio.sleep(0.1)
+        assert not adapter.done()
+        assert not reload.done()
+        gate.touch()
+        assert (await adapter)[0] == 200
+        status, body, _ = await reload
+        assert (status, body["adapters"]) == (200, ["late"])
+        assert running.gateway.workers != [old]
+        assert (await running.post(model="late", prompt="hi"))[0] == 200
+        # Who came after the reload was told so, and can try again.
+        assert says(await second) == (409, "already_loading")
+        status, *_ = await running.post("/v1/load_lora_adapter", lora_name="later", lora_path="somewhere")
+        assert status == 200
+
+
+async def test_loading_an_adapter_wakes_a_model_and_keeps_it_awake(
+    start_fleet, script, tmp_path: Path
+) -> None:
+    gate = tmp_path / "go"
+    async with start_fleet({"one": script("one@1")}, "one", idle_seconds=0.2) as running:
+        (worker,) = running.gateway.workers
+        await running.until(lambda: worker.state == "asleep")
+        adapter = asyncio.create_task(
+            running.post("/v1/load_lora_adapter", lora_name="late", lora_path=f"wait:{gate}")
+        )
+        await running.until(lambda: worker.state == "ready")
+        await asyncio.sleep(0.6)
+        assert worker.state == "ready"
+        assert not adapter.done()
+        gate.touch()
+        assert (await adapter)[0] == 200
+        await running.until(lambda: worker.state == "asleep")
+        assert (await running.post(model="late", prompt="hi"))[0] == 200  # it woke with its adapter

@@ -233,6 +233,17 @@ async def test_a_worker_that_hangs_is_replaced(start_gateway, worker_spec) -> No
         assert (await running.post(prompt="hi"))[0] == 200
 
 
+@pytest.mark.parametrize("script", ["engine-dies", "stream-engine-dies"])
+async def test_a_dead_engine_is_seen_at_once(start_gateway, worker_spec, script: str) -> None:
+    """Not at the next check, which is far away: until then others would be sent to it."""
+    async with start_gateway(worker_spec(health_interval=600.0)) as running:
+        (worker,) = running.gateway.workers
+        first = worker.pid
+        assert "no" in await running.read(prompt=script)
+        await running.until(lambda: worker.pid not in (None, first) and worker.state == "ready")
+        assert (await running.post(prompt="hi"))[0] == 200
+
+
 async def test_it_gives_up_on_a_worker_that_keeps_failing_and_still_answers(
     start_gateway, worker_spec, tmp_path: Path
 ) -> None:

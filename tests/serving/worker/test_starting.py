@@ -38,6 +38,6 @@ async def test_adapters_given_at_the_start() -> None:
     with pytest.raises(ModelError, match="no adapter at gone"):
         await load_adapters(Engine(), ["a=gone"], ["m"])
     assert await load_adapters(Engine(), ["a?=gone", "b?=x"], ["m"]) == {"b": "x"}
-    for wrong in (["a"], ["a="], ["=x"], ["m=x"], ["a=x", "a=y"], ["a:b=x"]):
+    for wrong in (["a"], ["a="], ["=x"], ["m=x"], ["a=x", "a=y"], ["a:b=x"], ["a?b=x"]):
         with pytest.raises(ConfigError, match="adapter"):
             await load_adapters(Engine(), wrong, ["m"])

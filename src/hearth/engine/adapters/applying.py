@@ -46,7 +46,6 @@ class AdapterSet:
         self.device = next(model.parameters()).device
         self._named: dict[str, Adapter] = {}
         self._loaded: dict[bytes, Adapter] = {}  # those of the names, and those that requests still use
-        self._stacked: dict[str, _Stacked] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._owner_T: torch.Tensor | None = None  # of each token of the step; -1 = no adapter
         self._owner_R: torch.Tensor | None = None  # of each position that wants logits
@@ -86,10 +85,9 @@ class AdapterSet:
                 fix="unload one, or start the engine with a larger max_adapters",
                 param="lora_name",
             )
-        self._named[name] = adapter
         if adapter.digest not in self._loaded:
-            self._loaded[adapter.digest] = adapter
-            self._rebuild()
+            self._rebuild({**self._loaded, adapter.digest: adapter})
+        self._named[name] = adapter
         return adapter
 
     def unload(self, name: str) -> None:
@@ -100,29 +98,31 @@ class AdapterSet:
     def collect(self, digests_in_use: Iterable[bytes]) -> None:
         """Drop the weights of adapters that have no name and that none of these requests uses."""
         keep = {adapter.digest for adapter in self._named.values()} | set(digests_in_use)
-        if gone := set(self._loaded) - keep:
-            for digest in gone:
-                del self._loaded[digest]
-            self._rebuild()
+        if set(self._loaded) - keep:
+            self._rebuild({digest: each for digest, each in self._loaded.items() if digest in keep})
 
-    def _rebuild(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._stacked = [], {}
-        for module in {module for adapter in self._loaded.values() for module in adapter.weights}:
+    def _rebuild(self, loaded: dict[bytes, Adapter]) -> None:
+        """Apply these from now on. All memory is taken first: where there is none, nothing has changed."""
+        stacked = {}
+        for module in {module for adapter in loaded.values() for module in adapter.weights}:
             parts = [
                 (owner, adapter.weights[module])
-                for owner, adapter in enumerate(self._loaded.values())
+                for owner, adapter in enumerate(loaded.values())
                 if module in adapter.weights
             ]
             layout = tuple((owner, len(a)) for owner, (a, _) in parts)
-            self._stacked[module] = _Stacked(
+            stacked[module] = _Stacked(
                 torch.cat([a for _, (a, _) in parts]).to(self.device),
                 torch.cat([b for _, (_, b) in parts], dim=1).to(self.device),
                 torch.tensor([owner for owner, rank in layout for _ in range(rank)], device=self.device),
                 layout,
             )
-            self._hooks.append(self.linears[module].register_forward_hook(self._hook(self._stacked[module])))
+        for hook in self._hooks:
+            hook.remove()
+        self._loaded = loaded
+        self._hooks = [
+            self.linears[module].register_forward_hook(self._hook(each)) for module, each in stacked.items()
+        ]
 
     # -- applying ----------------------------------------------------------------------------------------
     def begin(self, plan: Plan) -> bool:

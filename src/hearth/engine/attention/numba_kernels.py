@@ -61,6 +61,14 @@ def _widen_bf16(x: Any) -> Any:
     return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
 
 
+@numba.njit(inline="always", fastmath=_FASTMATH)
+def _inverse_with_sink(top: Any, total: Any, sink: Any) -> Any:
+    """1 / the softmax's sum; a sink is one more logit, which takes probability and gives nothing."""
+    best = max(top, sink)
+    shrink = _exp(top - best)
+    return shrink / (total * shrink + _exp(sink - best))
+
+
 def _widen(x: Any) -> Any:
     """The float32 of a number of the pool; what it does is decided by the type, in `_choose_widen`."""
     raise NotImplementedError("only for compiled code")
@@ -119,12 +127,8 @@ def make_kernel(
         for unit in range(begin, end):
             item = unit // num_kv_heads
             h = unit - item * num_kv_heads
-            sequence = items[item, 0]
-            t = items[item, 1]
-            length = items[item, 2]
-            first = 0
-            if window > 0:
-                first = max(0, length - window)
+            sequence, t, length = items[item, 0], items[item, 1], items[item, 2]
+            first = max(0, length - window) if window > 0 else 0
             for g in range(G):
                 for d in range(D):
                     q[g, d] = _widen(query[t, h * G + g, d]) * scale
@@ -175,10 +179,7 @@ def make_kernel(
                 head = h * G + g
                 inverse = np.float32(1.0) / total[g]
                 if sinks:
-                    # A sink is one more logit that takes probability and gives nothing.
-                    best = max(top[g], sink[head])
-                    shrink = _exp(top[g] - best)
-                    inverse = shrink / (total[g] * shrink + _exp(sink[head] - best))
+                    inverse = _inverse_with_sink(top[g], total[g], sink[head])
                 for e in range(E):
                     out[t, head, e] = acc[g, e] * inverse
 

@@ -27,11 +27,6 @@ LONG_CHUNK = 16
 _WORTH_A_THREAD = 4096
 
 
-def supports(dtype: torch.dtype) -> bool:
-    """Whether the kernels can read keys and values of this type."""
-    return dtype in (torch.float32, torch.bfloat16)
-
-
 def view(tensor: torch.Tensor) -> np.ndarray:
     """The tensor's memory as numpy sees it; bfloat16, unknown to numpy, as uint16."""
     tensor = tensor.contiguous()

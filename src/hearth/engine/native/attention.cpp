@@ -25,10 +25,10 @@ inline __m512 exp2_ps(__m512 x) {
   return _mm512_scalef_ps(p, x);  // times 2^floor(x)
 }
 
-// cap * tanh(x), by 1 - 2 / (1 + e^2x).
+// cap * tanh(x), by 1 - 2 / (1 + e^2x). NaN stays NaN: of an extreme with NaN the processor takes the second operand.
 inline __m512 cap_ps(__m512 x, __m512 cap) {
   const __m512 limit = _mm512_set1_ps(15.0f);
-  x = _mm512_max_ps(_mm512_min_ps(x, limit), _mm512_sub_ps(_mm512_setzero_ps(), limit));
+  x = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), _mm512_min_ps(limit, x));
   const __m512 one = _mm512_set1_ps(1.0f), e = exp2_ps(_mm512_mul_ps(x, _mm512_set1_ps(2 * LOG2E)));
   const __m512 part = _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(one, e));
   return _mm512_mul_ps(cap, _mm512_sub_ps(one, part));
@@ -179,6 +179,7 @@ struct Worker {
 
   explicit Worker(const AttentionArgs& a);
   void load_rows(const Cut& cut, const Unit& unit);
+  int64_t next_place(const Cut& cut, const Unit& unit, int block) const;
   void load_run(const Cut& cut, const Unit& unit, int block, Run* run);
   void compute(const Cut& cut, const Unit& unit);
   void store(const Cut& cut, int head, int row, const float* acc, float top, float total) const;
@@ -246,13 +247,24 @@ void widen_int8(const int8_t* x, const int8_t* next, bf16* out, int64_t n) {
   }
 }
 
+// Where what is read after the blocks before `block` lies, counted in heads of blocks: the next run of the unit, or
+// else probably the next head or the next sequence. Only a hint of what to fetch.
+int64_t Worker::next_place(const Cut& cut, const Unit& unit, int block) const {
+  const int64_t K = args.num_kv_heads;
+  const int32_t* table = args.tables + cut.sequence * args.table_width;
+  if (block < unit.end_block) return table[block] * K + unit.head;
+  if (unit.head + 1 < K) return table[unit.block] * K + unit.head + 1;
+  if (cut.sequence + 1 < args.num_sequences) return table[args.table_width] * K;
+  return table[unit.block] * K + unit.head;
+}
+
 void Worker::load_run(const Cut& cut, const Unit& unit, int block, Run* run) {
   const int S = tile.S;
   run->num_blocks = (int)min64(tile.columns / S, unit.end_block - block);
   run->valid = (int)min64((int64_t)run->num_blocks * S, cut.length - (int64_t)block * S);
   const int32_t* table = args.tables + cut.sequence * args.table_width + block;
-  const int64_t following = block + run->num_blocks < unit.end_block ? table[run->num_blocks] : table[0];
-  run->next = key_scales ? wide_keys : (const bf16*)args.keys + (following * args.num_kv_heads + unit.head) * S * tile.D;
+  const int64_t following = next_place(cut, unit, block + run->num_blocks);
+  run->next = key_scales ? wide_keys : (const bf16*)args.keys + following * S * tile.D;
   for (int b = 0; b < run->num_blocks; b++) {
     const int64_t at = ((int64_t)table[b] * args.num_kv_heads + unit.head) * S;
     if (!key_scales) {
@@ -266,7 +278,8 @@ void Worker::load_run(const Cut& cut, const Unit& unit, int block, Run* run) {
     std::memcpy(value_scales + b * S, args.value_scales + at, tokens * sizeof(float));
     run->keys[b] = wide_keys + (int64_t)b * S * tile.D;
     run->values[b] = wide_values + (int64_t)b * S * tile.E;
-    const int64_t next = (b + 1 < run->num_blocks ? table[b + 1] : following) * (int64_t)args.num_kv_heads + unit.head;
+    const int64_t next =
+        b + 1 < run->num_blocks ? (int64_t)table[b + 1] * args.num_kv_heads + unit.head : following;
     const auto* keys = (const int8_t*)args.keys;
     const auto* values = (const int8_t*)args.values;
     widen_int8(keys + at * tile.D, keys + next * S * tile.D, wide_keys + (int64_t)b * S * tile.D,

@@ -14,6 +14,12 @@ inline __m512i pair(const bf16* x) {
 
 inline __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
+// Ask for what lies in the next block, and for what comes soon in this one: two levels, as for weights.
+inline void prefetch(const bf16* at, int64_t next_block) {
+  _mm_prefetch((const char*)(at + next_block), _MM_HINT_T1);
+  _mm_prefetch((const char*)(at + 512), _MM_HINT_T0);
+}
+
 // R rows against V * 16 tokens of one block. Two sums each, because one would wait for itself.
 template <int R, int V>
 void score_block(const Tile& tile, const bf16* keys, const bf16* next, int row, int token, float* out) {
@@ -29,7 +35,7 @@ void score_block(const Tile& tile, const bf16* keys, const bf16* next, int row, 
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) {
         key[v] = _mm512_loadu_si512(k + v * 32);
-        _mm_prefetch((const char*)(k + ahead + v * 32), _MM_HINT_T0);
+        prefetch(k + v * 32, ahead);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
@@ -79,7 +85,7 @@ void value_block(const Tile& tile, const Run& run, int block, int num_blocks, in
       for (int r = 0; r < R; r++) both[r] = pair(p + r * tile.columns + t);
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) {
-        _mm_prefetch((const char*)(values + ahead + v * 32), _MM_HINT_T0);
+        prefetch(values + v * 32, ahead);
         const __m512i value = _mm512_maskz_loadu_epi16(keep, values + v * 32);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) sum[r][v] = dot(sum[r][v], value, both[r]);
@@ -176,6 +182,8 @@ void accumulate_amx(const Tile& tile, const Run& run, bf16* tail) {
     if (tokens % 2)
       for (int e = 0; e < tile.E; e++) tail[written + 2 * e] = values[last][written + 2 * e];
     values[last] = tail;
+    // g++ 12 does not know that a tile load reads memory: what was written here must be there before.
+    __asm__ volatile("" ::: "memory");
   }
   for (int e = 0; e < tile.E; e += 32) {
     for (int r = 0; r < tile.padded_rows; r += 32) {

@@ -11,10 +11,9 @@ namespace {
 
 // bfloat16 to int8, symmetric, one scale for the row; returns the scale. n is a multiple of 32.
 float quantise(const bf16* x, int8_t* out, int n) {
-  __m512 most = _mm512_setzero_ps();
-  for (int i = 0; i < n; i += 16)
-    most = _mm512_max_ps(most, _mm512_abs_ps(widen(_mm256_loadu_si256((const __m256i*)(x + i)))));
-  const float largest = _mm512_reduce_max_ps(most), scale = largest / 127.0f;
+  __m512i most = _mm512_setzero_si512();
+  for (int i = 0; i < n; i += 16) most = max_magnitude(most, widen(_mm256_loadu_si256((const __m256i*)(x + i))));
+  const float largest = reduce_magnitude(most), scale = largest / 127.0f;
   const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
   for (int i = 0; i < n; i += 16) {
     const __m512 v = _mm512_mul_ps(widen(_mm256_loadu_si256((const __m256i*)(x + i))), inverse);

@@ -111,7 +111,8 @@ def _openmp_runtime() -> Path:
     import torch
 
     home = Path(torch.__file__).parent
-    mapped = {Path(line.split(maxsplit=5)[-1]) for line in Path("/proc/self/maps").read_text().splitlines()}
+    maps = Path("/proc/self/maps").read_text(errors="replace")
+    mapped = {Path(line.split(maxsplit=5)[-1]) for line in maps.splitlines()}
     loaded = {path for path in mapped if path.name.startswith(("libgomp", "libiomp5", "libomp"))}
     # Other packages bring runtimes of their own; torch's lies with it (or, if built by hand, anywhere).
     candidates = sorted(loaded, key=lambda path: (home not in path.parents, str(path)))
@@ -129,17 +130,20 @@ def _compiler() -> list[str]:
 
 
 def build(compiler: list[str], cpu_flags: tuple[str, ...]) -> Path:
-    """The shared object for this compiler and CPU, from the cache or compiled now."""
-    folder = cache_folder("native")
-    path = folder / f"hearth-{_fingerprint(compiler, cpu_flags)}.so"
-    if path.exists():
-        return path
-    with _one_at_a_time(folder):
-        if not path.exists():
-            started = time.perf_counter()
-            logger.warning("compiling the CPU kernels, once (with %s) …", compiler[0])
-            _compile(compiler, path)
-            logger.info("compiled %s in %.1f s", path, time.perf_counter() - started)
+    """The shared object for this compiler and CPU, from the cache or compiled now; raises `_Unavailable`."""
+    name = f"hearth-{_fingerprint(compiler, cpu_flags)}.so"
+    try:
+        path = cache_folder("native") / name
+        if path.exists():
+            return path
+        with _one_at_a_time(path.parent):
+            if not path.exists():
+                started = time.perf_counter()
+                logger.warning("compiling the CPU kernels, once (with %s) …", compiler[0])
+                _compile(compiler, path)
+                logger.info("compiled %s in %.1f s", path, time.perf_counter() - started)
+    except OSError as error:  # a full disk, or no folder at all that can be written
+        raise _Unavailable(f"no room for compiled kernels: {error}") from error
     return path
 
 
@@ -180,7 +184,9 @@ def _compile(compiler: list[str], path: Path) -> None:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_COMPILE_SECONDS, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _Unavailable(f"{command[0]} failed: {error}") from error
     if done.returncode:

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace hearth {
 
@@ -29,7 +30,7 @@ class TileGuard {
 
 // Memory of this thread, aligned to 64 bytes, kept between calls; a second call with the same slot may move
 // it. Slots are the user's: one per purpose that is alive at the same time.
-enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_C, SCRATCH_ATTENTION, SCRATCH_DECODER, NUM_SCRATCH_SLOTS };
+enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_C, SCRATCH_ATTENTION, NUM_SCRATCH_SLOTS };
 void* scratch(ScratchSlot slot, size_t num_bytes);
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -43,5 +44,17 @@ inline __mmask16 mask16(int64_t n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (__m
 
 inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+// The largest magnitude so far, by its bits: without signs they have the order of the numbers, and NaN comes last
+// and thus stays, which the maximum of floating point does not promise.
+inline __m512i max_magnitude(__m512i most, __m512 x) {
+  return _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)));
+}
+inline float reduce_magnitude(__m512i most) {
+  const uint32_t bits = _mm512_reduce_max_epu32(most);
+  float largest;
+  std::memcpy(&largest, &bits, 4);
+  return largest;
+}
 
 }  // namespace hearth

@@ -42,7 +42,6 @@ struct DecoderLayer {
   int32_t rotary_dim;  // leading dims of a head that are rotated; 0 = none
   const float* cos;    // [positions][rotary_dim / 2]
   const float* sin;
-  int64_t num_positions;
   AttentionArgs attention;  // the layer's part; the step's part is filled in here
 };
 

@@ -31,7 +31,7 @@ class DecoderLayer(ctypes.Structure):
         *((name, _I32) for name in ("norm_all_heads", "activation")),
         *((name, Linear) for name in ("query", "key", "value", "out", "gate", "up", "down")),
         *((name, _I32) for name in ("gated", "rotary_dim")),
-        ("cos", _P), ("sin", _P), ("num_positions", _I64),
+        ("cos", _P), ("sin", _P),
         ("attention", Args),
     )  # fmt: skip
 

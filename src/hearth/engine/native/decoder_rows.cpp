@@ -43,6 +43,7 @@ inline __m512 error_function(__m512 x) {
   return _mm512_mask_sub_ps(y, negative, _mm512_setzero_ps(), y);
 }
 
+// NaN stays NaN: of a maximum with NaN the processor takes the second operand.
 inline __m512 activate(int activation, __m512 x) {
   __m512 zero = _mm512_setzero_ps(), half = _mm512_mul_ps(x, _mm512_set1_ps(0.5f));
   switch (activation) {
@@ -56,11 +57,11 @@ inline __m512 activate(int activation, __m512 x) {
     case ACT_GELU:
       return _mm512_fmadd_ps(half, error_function(_mm512_mul_ps(x, _mm512_set1_ps(0.707106781f))), half);
     case ACT_RELU2: {
-      __m512 y = _mm512_max_ps(x, zero);
+      __m512 y = _mm512_max_ps(zero, x);
       return _mm512_mul_ps(y, y);
     }
     default:
-      return _mm512_max_ps(x, zero);
+      return _mm512_max_ps(zero, x);
   }
 }
 

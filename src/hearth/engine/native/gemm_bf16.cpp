@@ -20,7 +20,7 @@ void gemv(const GemmArgs& args, const bf16* x, int64_t depth, int64_t column, in
       for (int block = 0; block < 2; ++block, w += TILE_BYTES)
 #pragma GCC unroll 16
         for (int p = 0; p < 16; ++p) {
-          _mm_prefetch((const char*)w + p * 64 + PREFETCH_AHEAD, _MM_HINT_T0);
+          prefetch(w + p * 64);
           const __m512bh pairs = (__m512bh)_mm512_load_si512(w + p * 64);
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {

@@ -7,7 +7,14 @@ namespace hearth {
 
 constexpr int64_t TILE_ROWS = 16, TILE_BYTES = 1024, PAIR_BYTES = 2 * TILE_BYTES;
 constexpr int64_t BLOCK = 16, PANEL = 32;  // columns
-constexpr int64_t PREFETCH_AHEAD = 4096;   // bytes, in kernels that read weights from memory
+
+// Ask for weights that are read from memory soon: into the second-level cache, which can wait for three times as
+// many lines as the first, and from there into the first. Where a line takes long to use, as in int4, the
+// hardware's own prefetching falls behind: 21 GB/s without this, 22 with one level, 28 with both.
+inline void prefetch(const uint8_t* at) {
+  _mm_prefetch((const char*)at + 8192, _MM_HINT_T1);
+  _mm_prefetch((const char*)at + 1024, _MM_HINT_T0);
+}
 
 // Input rows as the tile kernels read them: a pair of tiles [K/32 or K/64][2][16 rows][64 bytes] per row group.
 // bfloat16: a row group is 32 rows, 16 in each tile of the pair. Quantised: 16 rows, the high bytes in the

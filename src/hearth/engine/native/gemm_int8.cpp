@@ -1,5 +1,4 @@
 // int8 and int4 weights: the input in 15 bits as two bytes, exact sums in int32, one scale at the end.
-#include <cmath>
 #include <cstring>
 
 #include "gemm_inner.h"
@@ -13,15 +12,10 @@ constexpr float LARGEST = 127 * 128;  // of a quantised input: high and low then
 // One row: into row `r` of tiles of 64 k each.
 void quantise_row(const bf16* x, int64_t K, int64_t num_k_tiles, uint8_t* to, float* step, int32_t* sum_high,
                   int32_t* sum_low) {
-  const __m512 no_sign = _mm512_castsi512_ps(_mm512_set1_epi32(0x7FFFFFFF));
-  __m512 top = _mm512_setzero_ps();
-  __mmask16 nan = 0;
-  for (int64_t k = 0; k < K; k += 16) {
-    const __m512 value = _mm512_and_ps(widen(_mm256_maskz_loadu_epi16(mask16(K - k), x + k)), no_sign);
-    nan |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    top = _mm512_max_ps(top, value);
-  }
-  const float largest = nan ? NAN : _mm512_reduce_max_ps(top);
+  __m512i top = _mm512_setzero_si512();
+  for (int64_t k = 0; k < K; k += 16)
+    top = max_magnitude(top, widen(_mm256_maskz_loadu_epi16(mask16(K - k), x + k)));
+  const float largest = reduce_magnitude(top);
   const __m512 inverse = _mm512_set1_ps(largest > 0 ? LARGEST / largest : 0.0f);
   __m512i highs = _mm512_setzero_si512(), lows = highs;
   for (int64_t t = 0; t < num_k_tiles; ++t, to += PAIR_BYTES)
@@ -83,7 +77,7 @@ inline void panel_int8(const uint8_t* a, const uint8_t* w, int64_t num_k_tiles, 
     for (int block = 0; block < 2; ++block, w += TILE_BYTES)
 #pragma GCC unroll 16
       for (int q = 0; q < 16; ++q) {
-        _mm_prefetch((const char*)w + q * 64 + PREFETCH_AHEAD, _MM_HINT_T0);
+        prefetch(w + q * 64);
         multiply<R>(a + q * 4, _mm512_load_si512(w + q * 64), high, low, block);
       }
 }
@@ -98,7 +92,7 @@ inline void panel_int4(const uint8_t* a, const uint8_t* w, int64_t num_k_tiles, 
       const Group first_half(groups), second_half(groups + group_bytes - 32);
 #pragma GCC unroll 8
       for (int q = 0; q < 8; ++q) {
-        _mm_prefetch((const char*)w + q * 64 + PREFETCH_AHEAD, _MM_HINT_T0);
+        prefetch(w + q * 64);
         const __m512i v = _mm512_load_si512(w + q * 64);
         multiply<R>(a + q * 4, first_half.bytes(low_nibbles(v)), high, low, block);
         multiply<R>(a + q * 4 + 32, second_half.bytes(high_nibbles(v)), high, low, block);
@@ -156,7 +150,7 @@ void unpack_int4(const GemmArgs& args, int64_t column, uint8_t* panel) {
   for (int64_t t = 0; t < num_tiles; ++t, w += TILE_BYTES / 2, panel += TILE_BYTES, groups += step) {
     const Group first_half(groups), second_half(groups + step - 32);
     for (int q = 0; q < 8; ++q) {
-      _mm_prefetch((const char*)w + q * 64 + PREFETCH_AHEAD, _MM_HINT_T0);
+      prefetch(w + q * 64);
       const __m512i v = _mm512_load_si512(w + q * 64);
       _mm512_store_si512(panel + q * 64, first_half.bytes(low_nibbles(v)));
       _mm512_store_si512(panel + (q + 8) * 64, second_half.bytes(high_nibbles(v)));

@@ -7,10 +7,10 @@ namespace hearth {
 namespace {
 
 float largest(const bf16* x, int64_t K) {
-  __m512 top = _mm512_setzero_ps();
+  __m512i top = _mm512_setzero_si512();
   for (int64_t k = 0; k < K; k += 16)
-    top = _mm512_max_ps(top, _mm512_abs_ps(widen(_mm256_maskz_loadu_epi16(mask16(K - k), x + k))));
-  return _mm512_reduce_max_ps(top);
+    top = max_magnitude(top, widen(_mm256_maskz_loadu_epi16(mask16(K - k), x + k)));
+  return reduce_magnitude(top);
 }
 
 inline __m512 load_scaled(const bf16* x, int64_t left, __m512 inverse) {

@@ -19,6 +19,7 @@ from hearth.serving.http import (
     read_json_body,
     send_bytes,
     send_error,
+    to_http_error,
 )
 from hearth.serving.protocol import LoadAdapterRequest, UnloadAdapterRequest
 from hearth.telemetry import logs
@@ -60,6 +61,9 @@ class AdapterRoutes:
             scope["state"]["client_gone"] = True
         except HttpError as error:
             await send_error(send, error)
+        except Exception as error:
+            log.exception("request failed", extra=logs.fields(route=scope["path"]))
+            await send_error(send, to_http_error(error))
 
     async def _forward(self, scope: Scope, body: bytes, send: Send) -> None:
         request: LoadAdapterRequest | UnloadAdapterRequest
@@ -67,11 +71,22 @@ class AdapterRoutes:
         request = decode(body, LoadAdapterRequest) if loads else decode(body, UnloadAdapterRequest)
         name = request.lora_name
         worker = self._worker_for(name, request.model, loads=loads)
+        with worker.busy(0):  # it must not fall asleep meanwhile
+            async with worker.adapters_lock:
+                status, answer = await self._change(worker, request, scope)
+        await send_bytes(send, status, answer)
+
+    async def _change(
+        self, worker: Worker, request: LoadAdapterRequest | UnloadAdapterRequest, scope: Scope
+    ) -> tuple[int, bytes]:
+        """Let ``worker`` do it; returns its answer's status and body."""
         fleet = self._models.fleet
         if fleet is not None and fleet.is_loading(worker.spec.name):
             raise HttpError(
                 409, f"{worker.spec.name!r} is being replaced; wait for it", code="already_loading"
             )
+        if worker.wakes and not await worker.wake(_TIMEOUT.total or 0.0):
+            raise unavailable(worker)
         session = worker.session
         if session is None or worker.state != "ready":
             raise unavailable(worker)
@@ -86,13 +101,15 @@ class AdapterRoutes:
                 503, f"the worker of {worker.spec.version} failed", code="worker_failed"
             ) from error
         if status == 200:
+            name = request.lora_name
             if isinstance(request, LoadAdapterRequest):
                 worker.adapters[name] = request.lora_path
+                what = "adapter loaded"
             else:
                 worker.adapters.pop(name, None)
-            what = "adapter loaded" if loads else "adapter unloaded"
+                what = "adapter unloaded"
             log.info(what, extra=logs.fields(model=worker.spec.version, adapter=name))
-        await send_bytes(send, status, answer)
+        return status, answer
 
     def _worker_for(self, name: str, model: str | None, *, loads: bool) -> Worker:
         if not loads and model is None:

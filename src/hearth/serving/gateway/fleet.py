@@ -107,26 +107,39 @@ class Fleet:
     async def load(self, resolved: Resolved, *, keep_adapters: bool = False) -> Worker:
         """Load a model, or replace the one of its name, and wait until it takes the requests.
 
-        ``keep_adapters``: those that were loaded into the old one are loaded into the new one, if they fit.
+        ``keep_adapters``: those that the old one holds are loaded into the new one, if they fit, instead of
+        those of its settings: some of them may have been unloaded, or loaded from elsewhere.
         Raises HttpError if it may not be loaded now (409, 503), and what the worker raises.
         """
         self._check_open()
+        current = self._life(resolved.name).current
+        if keep_adapters and current is not None:
+            # An adapter that is just being loaded is one of them; one that comes later finds a load begun.
+            async with self._members[current].worker.adapters_lock:
+                member = self._begin_load(resolved, keep_adapters=True)
+        else:
+            member = self._begin_load(resolved, keep_adapters=False)
+        await asyncio.shield(member.loaded)
+        return member.worker
+
+    def _begin_load(self, resolved: Resolved, *, keep_adapters: bool) -> _Member:
+        self._check_open()
         name = resolved.name
-        life = self._lives.get(name, Life())
+        life = self._life(name)
         with _refusals(name):
             lives.load(life, 0)  # before a process is made for it
-        self._check_room(resolved)
-        claimed = self._claim(resolved, sum(member.claimed for member in self._members.values()))
         spec = self._make_spec(resolved)
         if keep_adapters and life.current is not None:
-            held = self._members[life.current].worker.adapters
-            more = (f"{each}?={path}" for each, path in held.items() if each not in resolved.entry.adapters)
-            spec = replace(spec, adapters=(*spec.adapters, *more))
+            old = self._members[life.current].worker
+            if old.facts:  # it has been ready, so that it says what it holds
+                held = tuple(f"{each}?={path}" for each, path in old.adapters.items())
+                spec = replace(spec, adapters=held)
+        self._check_room(spec)
+        claimed = self._claim(resolved, sum(member.claimed for member in self._members.values()))
         member = self._new(resolved, spec, claimed)
         self._apply(name, lives.load(life, member.number))
         log.info("loading model", extra=logs.fields(model=resolved.version))
-        await asyncio.shield(member.loaded)
-        return member.worker
+        return member
 
     def _check_open(self) -> None:
         if self.closing.done() or self._gateway.draining:
@@ -134,24 +147,24 @@ class Fleet:
         if not self.is_open:
             raise HttpError(503, "the server is starting", code="model_not_ready", retry_after=5)
 
-    def _check_room(self, resolved: Resolved) -> None:
+    def _check_room(self, spec: WorkerSpec) -> None:
         """HttpError 409 if there are models enough, or one that has this one's names."""
-        others = [name for name, life in self._lives.items() if life.is_served and name != resolved.name]
+        others = [name for name, life in self._lives.items() if life.is_served and name != spec.name]
         limit = self._limits.max_models
         if limit is not None and len(others) >= limit:
             raise HttpError(
                 409, f"{len(others)} models are loaded, and max_models is {limit}: unload one first",
                 code="too_many_models",
             )  # fmt: skip
-        wanted = {resolved.name, resolved.version, *resolved.aliases, *resolved.entry.adapters}
+        wanted = {*spec.names, *_adapter_names(spec)}
         for name in others:
             life = self._lives[name]
             for number in (life.current, life.coming):
                 if number is None:
                     continue
-                member = self._members[number]
-                worker = member.worker
-                taken = wanted & {*worker.spec.names, *worker.adapters, *member.resolved.entry.adapters}
+                worker = self._members[number].worker
+                adapters = worker.adapters if worker.facts else _adapter_names(worker.spec)
+                taken = wanted & {*worker.spec.names, *adapters}
                 if taken:
                     raise HttpError(
                         409, f"{worker.spec.version} answers to {min(taken)!r} already; give another name, "
@@ -257,8 +270,11 @@ class Fleet:
                     return worker.spec.name
         return name
 
-    def wanted(self, name: str) -> Resolved:
-        """What was last asked for as ``name``; HttpError 404."""
+    def to_reload(self, name: str) -> Resolved:
+        """What is served as ``name``, or, if nothing is, what was last asked for; HttpError 404."""
+        current = self._life(name).current
+        if current is not None:
+            return self._members[current].resolved
         with _refusals(name):
             if name not in self._wanted:
                 raise Refused("model_not_found", "it is not loaded")
@@ -307,6 +323,10 @@ async def _end(member: _Member) -> None:
     await asyncio.wait({member.run}, timeout=_LAST_WORDS)
     member.run.cancel()
     await asyncio.wait({member.run})
+
+
+def _adapter_names(spec: WorkerSpec) -> list[str]:
+    return [each.partition("=")[0].removesuffix("?") for each in spec.adapters]
 
 
 def _look_at(future: asyncio.Future[None]) -> None:

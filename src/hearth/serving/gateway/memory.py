@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hearth.config import ServedModel
+from hearth.engine.config import EngineConfig
 from hearth.serving.http import HttpError
 from hearth.serving.resolve import Resolved
 from hearth.telemetry.hardware import available_host_memory
@@ -19,7 +20,6 @@ from hearth.telemetry.hardware import available_host_memory
 PROCESS_BYTES = 600 << 20  # worker and engine with torch, before any weight (measured: 619 MiB)
 _DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _WEIGHT_BYTES = {"int8": 1.0, "int4": 0.5}
-_BLOCK = 16  # tokens
 _DEVICES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 
 
@@ -75,7 +75,7 @@ def kv_bytes(path: Path, entry: ServedModel) -> int:
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return 0  # an architecture of other words
     each = 1 if entry.kv_dtype != "auto" else 2
-    return per_token * each * (entry.max_model_len or _BLOCK)
+    return per_token * each * (entry.max_model_len or EngineConfig.block_size)
 
 
 def _config(path: Path) -> dict[str, Any]:

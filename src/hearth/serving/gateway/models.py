@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from hearth.config import ServedModel
 from hearth.config.problems import describe
 from hearth.errors import ConflictError, GateError, HearthError, InputError, IntegrityError, NotFoundError
-from hearth.serving.decoding import decode
+from hearth.serving.decoding import NOT_JSON, decode, not_json
 from hearth.serving.gateway.access import Access
 from hearth.serving.gateway.fleet import Fleet, shutting_down
 from hearth.serving.gateway.supervisor import Worker
@@ -70,7 +70,7 @@ class ModelRoutes:
     async def _reload(self, body: bytes) -> dict[str, Any]:
         """Resolve the reference again: an alias may have moved, files of a directory may have changed."""
         name = self._fleet.main_name(decode(body, Named).name)
-        known = self._fleet.wanted(name)
+        known = self._fleet.to_reload(name)
         resolved = await self._find(known.entry)
         return _facts(await self._fleet.load(resolved, keep_adapters=True))
 
@@ -111,15 +111,17 @@ def _entry(body: bytes) -> ServedModel:
         return ServedModel.model_validate(value)
     except ValidationError as error:
         problems = describe(ServedModel, error, value, lambda _key: None)
-        raise HttpError(400, "; ".join(problems), code="invalid_value") from None
+        places = {str(each["loc"][0]) for each in error.errors() if each["loc"]}
+        param = places.pop() if len(places) == 1 else None
+        raise HttpError(400, "; ".join(problems), param=param, code="invalid_value") from None
 
 
 def _decode_object(body: bytes) -> dict[str, Any]:
     """A JSON object; HttpError 400 for anything else."""
     try:
         value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise HttpError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    except NOT_JSON as error:
+        raise not_json(error) from None
     if not isinstance(value, dict):
         raise HttpError(400, "the body: send a JSON object", code="invalid_value")
     return value

@@ -83,7 +83,10 @@ class Proxy:
         try:
             async with session.post(scope["path"], data=body, headers=headers) as response:
                 await exchange.copy(response)
+                if not exchange.whole or response.status >= 500:
+                    worker.doubt()
         except (aiohttp.ClientError, OSError, asyncio.IncompleteReadError) as error:
+            worker.doubt()
             self._metrics.upstream_errors.labels(worker.spec.name, "connection").inc()
             log.warning(
                 "worker failed", extra=logs.fields(model=worker.spec.version, error=type(error).__name__)
@@ -105,6 +108,11 @@ class _Exchange:
         self._tail = b""
         self._streaming = False
         self.started = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether a stream has come to its regular end; what is no stream always has."""
+        return not self._streaming or self._tail == SSE_DONE
 
     async def copy(self, response: aiohttp.ClientResponse) -> None:
         """Copy status, the headers that matter, and the body: a stream as it comes, else in one piece."""
@@ -132,7 +140,7 @@ class _Exchange:
         assert self.started
         if not self._streaming:
             return
-        if self._tail == SSE_DONE:  # the answer was whole; only its last empty chunk was lost
+        if self.whole:  # only its last empty chunk was lost
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
             return
         # The bytes so far may end inside an event; an empty line ends it, so that ours stands alone.

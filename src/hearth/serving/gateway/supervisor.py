@@ -70,6 +70,7 @@ class Worker:
         self.problem: str | None = None
         self.facts: dict[str, Any] = {}
         self.adapters: dict[str, str] = {}  # paths by name; a restart loads them again
+        self.adapters_lock = asyncio.Lock()  # held by what changes them, and by what hands them on
         loop = asyncio.get_running_loop()
         self.first_start: asyncio.Future[None] = loop.create_future()
         self.cut: asyncio.Future[tuple[str, str]] = (
@@ -82,6 +83,7 @@ class Worker:
         self._idle.set()
         self._wake = asyncio.Event()
         self._changed: asyncio.Future[None] = loop.create_future()
+        self._doubt: asyncio.Future[None] = loop.create_future()
         self._socket_dir = socket_dir
         self._on_change = on_change
         self._process: asyncio.subprocess.Process | None = None
@@ -225,7 +227,12 @@ class Worker:
         last_answer = time.monotonic()
         try:
             while True:
-                await asyncio.wait({ended}, timeout=self.spec.health_interval)
+                waiting: set[asyncio.Future[Any]] = {ended, self._doubt}
+                await asyncio.wait(
+                    waiting, timeout=self.spec.health_interval, return_when=asyncio.FIRST_COMPLETED
+                )
+                if self._doubt.done():
+                    self._doubt = asyncio.get_running_loop().create_future()
                 if ended.done():
                     return f"the worker ended ({_ending(ended.result())})"
                 if self._is_unused():
@@ -239,6 +246,11 @@ class Worker:
                     return f"the worker did not answer for {self.spec.health_timeout:g} s"
         finally:
             ended.cancel()
+
+    def doubt(self) -> None:
+        """A request did not end as it should: look after the worker at once, not at the next interval."""
+        if not self._doubt.done():
+            self._doubt.set_result(None)
 
     async def _probe(self, ended: asyncio.Future[int]) -> str | None:
         """The status in the worker's /health, or None if it does not answer (or ends meanwhile)."""

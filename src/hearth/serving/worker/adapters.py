@@ -13,8 +13,9 @@ from hearth.serving.protocol import LoadAdapterRequest, UnloadAdapterRequest
 
 def name_problem(name: str, taken: Collection[str]) -> str | None:
     """Why an adapter cannot have this name."""
-    if not name or len(name) > 128 or ":" in name or not name.isprintable():
-        return "give it a name of 1 to 128 printable characters without ':'"
+    # A colon stands between model and adapter in requests, "=" and "?" before a path on a command line.
+    if not name or len(name) > 128 or any(mark in name for mark in ":=?") or not name.isprintable():
+        return "give it a name of 1 to 128 printable characters without ':', '=' and '?'"
     return f"there is a model or adapter {name!r} already" if name in taken else None
 
 

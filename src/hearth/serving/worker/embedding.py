@@ -9,6 +9,7 @@ import sys
 from typing import Any, Protocol
 
 from hearth.engine.outputs import Embedding
+from hearth.errors import RequestError
 from hearth.serving.decoding import decode, invalid
 from hearth.serving.inputs import text_inputs
 from hearth.serving.protocol import EmbeddingRequest
@@ -59,9 +60,7 @@ class Embedder:
                 f"this model's context is {self._max_len} tokens; an input has {longest}",
                 "input", "context_length_exceeded",
             )  # fmt: skip
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._engine.embed(prompt)) for prompt in prompts]
-        results = [task.result() for task in tasks]
+        results = await self._vectors(prompts)
         for result in results:
             self._metrics.observe_embedding(num_prompt_tokens=result.num_prompt_tokens)
         size = len(results[0].embedding)
@@ -78,6 +77,18 @@ class Embedder:
         count = sum(result.num_prompt_tokens for result in results)
         usage = {"prompt_tokens": count, "total_tokens": count}
         return {"object": "list", "data": data, "model": self._version, "usage": usage}
+
+    async def _vectors(self, prompts: list[list[int]]) -> list[Embedding]:
+        """One vector a prompt; HttpError 400 or the engine's error for the first that cannot be embedded."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._engine.embed(prompt)) for prompt in prompts]
+        except* RequestError as errors:
+            first = errors.exceptions[0]
+            assert isinstance(first, RequestError)
+            # The engine knows prompts; the client has sent "input".
+            raise RequestError(first.message, fix=first.fix, param="input") from None
+        return [task.result() for task in tasks]
 
 
 def _base64(vector: list[float]) -> str:

@@ -214,11 +214,15 @@ class JobMaker:
             messages = [{"role": "system", "content": request.system}] if request.system is not None else []
             messages += [*history, {"role": "user", "content": request.message or ""}]
         prompt = await self._prompts.render(messages)
+        guided = guided_of(request)
+        form = self._form(None, guided, prompt)
         params = self._params(
-            request, [prompt], "messages", request.max_tokens, default=None, guided=guided_of(request)
-        )
+            request, [prompt], "messages", request.max_tokens, default=None, guided=guided,
+            show_markers=self._markers_hidden and form is not None,
+        )  # fmt: skip
         heading = self._heading("chat", params)
-        dialect, field_name = PlainDialect(heading), form_field(request)
+        dialect = PlainDialect(heading, None if form is None else form.make_parser)
+        field_name = form_field(request)
         return Job((prompt,), params, dialect, bool(request.stream), heading.model, field_name)
 
     def _heading(self, prefix: str, params: SamplingParams) -> Heading:

@@ -92,16 +92,20 @@ class PromptMaker:
                     "unsupported_parameter",
                 )
         num_characters = sum(len(turn["content"]) for turn in messages)
-        return await _call(
-            num_characters,
-            lambda: encode_chat(
-                self.tokenizer,
-                messages,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                settings=kwargs or {},
-            ),
-        )
+        try:
+            return await _call(
+                num_characters,
+                lambda: encode_chat(
+                    self.tokenizer,
+                    messages,
+                    tools=tools,
+                    add_generation_prompt=add_generation_prompt,
+                    settings=kwargs or {},
+                ),
+            )
+        except RecursionError:  # schemas and arguments of calls are what can be nested
+            param = "tools" if tools else "messages"
+            raise invalid(f"{param}: nested too deeply for the chat template", param) from None
 
 
 async def _call(num_characters: int, work: Callable[[], T]) -> T:
