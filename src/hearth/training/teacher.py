@@ -87,7 +87,7 @@ def load_teacher(trainer: Trainer) -> Teacher:
             f"{longest}",
             fix=f"use at most {longest}",
         )
-    moved: Any = model.to(trainer.device)  # type: ignore[arg-type]
+    moved: Any = model.to(trainer.device)
     return Teacher(moved, base_hash(directory))
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hearth.config.recipe import DataSection, Recipe, SourceSection
+from hearth.config.recipe import DataSection, Recipe
 from hearth.data import Dataset, TokenSplit, prepare_in_folder
 from hearth.errors import ConfigError, DataError, RequestError, StorageError
 from hearth.models import encode_chat, load_tokenizer, resolve_reference
@@ -80,8 +80,10 @@ def write_answers(
     with file_lock(path.with_name("lock")):
         if not path.is_file():
             _write(dataset.split("train"), recipe, directory, path, say)
-    sources = (SourceSection(path=str(path), format="chat"),)
-    data = DataSection(sources=sources, validation_fraction=0.0, deduplicate="none", seed=recipe.data.seed)
+    source = {"path": str(path), "format": "chat"}
+    data = DataSection.model_validate(
+        {"sources": (source,), "validation_fraction": 0.0, "deduplicate": "none", "seed": recipe.data.seed}
+    )
     with PreparationProgress(enabled=progress) as shown:
         folder = workspace.root / "datasets"
         simple = recipe.model_copy(update={"data": data})

@@ -20,10 +20,10 @@ Make = Callable[..., Any]
 
 
 def sums(tokenizer: PreTrainedTokenizerFast) -> list[Sample]:
-    """All sums of two numbers below five, as prompts: "3+4=" with the answer 7."""
+    """All sums of two numbers below three, as prompts: "1+2=" with the answer 3."""
     found = []
-    for a in range(5):
-        for b in range(5):
+    for a in range(3):
+        for b in range(3):
             tokens = np.asarray(tokenizer.encode(f"{a}+{b}="), np.int64)
             part = (tokens, np.zeros(len(tokens), np.bool_))
             found.append(Sample((part,), fields={"answer": str(a + b)}))
@@ -35,7 +35,7 @@ def taught_to_answer(model: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(256):
-        a, b, digit = rng.integers(0, 5), rng.integers(0, 5), rng.integers(0, 10)
+        a, b, digit = rng.integers(0, 3), rng.integers(0, 3), rng.integers(0, 10)
         ids = np.asarray([*tokenizer.encode(f"{a}+{b}={digit}"), tokenizer.eos_token_id], np.int64)
         mask = np.arange(len(ids)) >= 4
         length = len(ids) - 1
@@ -86,14 +86,14 @@ def test_grpo_learns_to_add(trainer_of: Make, policy: Make, tokenizer: PreTraine
         model=taught_to_answer(model, tokenizer),
         train={
             "steps": 120,
-            "batch_size": 25,
-            "micro_batch_size": 25,
-            "learning_rate": 2e-3,
+            "batch_size": 9,
+            "micro_batch_size": 9,
+            "learning_rate": 1e-3,
             "schedule": "constant",
         },
         reinforce={
             "rewards": [{"name": "exact_answer"}],
-            "num_generations": 16,
+            "num_generations": 32,
             "max_new_tokens": 2,
             "clip_high": 0.28,
             "iterations": 2,
