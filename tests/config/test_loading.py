@@ -59,7 +59,11 @@ def test_later_layers_win_and_every_value_knows_its_source(recipe_file):
 def test_sources_cover_exactly_the_values(recipe_file):
     def leaves(value, path=()):
         for key, item in value.items():
-            if isinstance(item, dict) and (*path, key) not in {("track", "tags"), ("track", "options"), ("register", "tags")}:
+            if isinstance(item, dict) and (*path, key) not in {
+                ("track", "tags"),
+                ("track", "options"),
+                ("register", "tags"),
+            }:
                 yield from leaves(item, (*path, key))
             else:
                 yield ".".join((*path, key))
@@ -179,8 +183,7 @@ def test_suggestions(recipe_file, text, meant):
 def test_without_a_near_key_the_known_ones_are_listed(recipe_file):
     (line,) = problems(recipe_file("checkpoint: {zzz: 1}"))
     assert line == (
-        "recipe.yaml: checkpoint.zzz: unknown key; "
-        "known: every, keep, async, best_metric, best_mode (line 1)"
+        "recipe.yaml: checkpoint.zzz: unknown key; known: every, keep, async, best_metric, best_mode (line 1)"
     )
 
 

@@ -66,7 +66,7 @@ def test_other_numbers_of_rows_compile_once_more_and_not_each_time(compiler: Non
 
 
 def test_selective_checkpointing_is_refused(tiny_model: Any) -> None:
-    with pytest.raises(ConfigError, match="compile with train.activation_checkpointing: selective"):
+    with pytest.raises(ConfigError, match=r"compile with train\.activation_checkpointing: selective"):
         compile_blocks(tiny_model, CPU, checkpointing="selective")
 
 
