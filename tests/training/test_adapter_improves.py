@@ -13,7 +13,6 @@ import torch
 from hearth.config import Recipe
 from hearth.models import import_llama2c, load_tokenizer
 from hearth.training import Trainer
-from hearth.training.adapter import linear_names
 from hearth.training.peak_memory import peak_bytes
 from hearth.workspace import Workspace
 
@@ -116,7 +115,6 @@ def test_quantised_bases_take_less_memory(one_thread: None) -> None:
         base = model_from_config(config_for_size("20M", "qwen3", 1024, 256), seed=0)
         section = AdapterSection.model_validate({"rank": 8, "quantize": quantize})
         model = add_adapter(base, section, seed=0)
-        assert "q_proj" in linear_names(base)
         held = {t.untyped_storage().data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
         weights[quantize] = sum(held.values())
 

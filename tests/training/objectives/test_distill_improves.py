@@ -54,7 +54,7 @@ def test_a_teacher_beats_the_data_alone(shared_data: Path, workspace_dir: Path) 
     torch.set_num_threads(1)
     with Workspace.open() as workspace:
         big = recipe_of(text, model={"size": "1M", "context_length": 128})
-        big = big.model_copy(update={"train": big.train.model_copy(update={"steps": 240, "batch_size": 16})})
+        big = big.model_copy(update={"train": big.train.model_copy(update={"steps": 150})})
         _, taught = run(big, workspace)
         base = str(taught.dir / "model")
         losses: dict[str, list[float]] = {}
@@ -63,11 +63,11 @@ def test_a_teacher_beats_the_data_alone(shared_data: Path, workspace_dir: Path) 
             train = dict(recipe_of(text).train.model_dump(), seed=seed)
             _, alone = run(recipe_of(text, train={**train, "objective": "pretrain"}, **shared), workspace)
             losses.setdefault("data alone", []).append(alone.summary["eval_loss"])
-            for divergence in ("forward", "reverse", "jsd"):
+            for divergence in ("forward",) if seed else ("forward", "jsd"):
                 distill = {"teacher": base, "divergence": divergence, "weight": 0.8}
                 settings = {**train, "objective": "distill", "distill": distill}
                 trainer, _ = run(recipe_of(text, train=settings, **shared), workspace)
                 losses.setdefault(divergence, []).append(trainer.evaluate()["eval_ce"])
     logger.info("teacher %.3f, students %s", taught.summary["eval_loss"], losses)
     gains = [alone - ce for alone, ce in zip(losses["data alone"], losses["forward"], strict=True)]
-    assert all(gain > 0.02 for gain in gains)
+    assert all(gain > 0.1 for gain in gains)

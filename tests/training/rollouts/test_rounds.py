@@ -216,6 +216,7 @@ def test_a_trial_on_a_copy_leaves_the_round_alone(trainer_of: Make, prompts: Mak
     assert texts(trainer, 1) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("stop_after", [2, 3])  # at the end of a round, and inside one
 def test_a_run_that_stopped_goes_on_bit_for_bit(
