@@ -25,10 +25,9 @@ def sweep_section(recipe: Recipe, path: str) -> SweepSection:
 
     if path != OWN_SECTION:
         return load_settings(SweepSection, path, environ={}).settings
-    section: SweepSection | None = getattr(recipe, "sweep", None)
-    if section is None:
+    if recipe.sweep is None:
         raise ConfigError("the recipe has no sweep section", fix="add one, or give --sweep FILE")
-    return section
+    return recipe.sweep
 
 
 def run(recipe: Recipe, path: str, workspace: Workspace, *, name: str, quiet: bool, as_json: bool) -> None:

@@ -142,6 +142,8 @@ def json_schema(cls: type[BaseModel] = Recipe) -> dict[str, Any]:
         for name, field in Recipe.model_fields.items():
             key = field.alias or name
             own = schema["properties"][key]
+            if "$ref" not in own:  # may be left out, and thus is null already
+                continue
             schema["properties"][key] = {
                 "anyOf": [{"$ref": own.pop("$ref")}, {"type": "null"}],
                 **own,

@@ -135,11 +135,14 @@ def _nearest(cls: type[BaseModel], key: tuple[str, ...]) -> str | None:
     plain = tuple(part for part in key if not part.isdigit())
     parent = plain[:-1]
     keys = keys_of(cls)
+    # The very name in another section; else a sibling; else a name elsewhere that is nearly it.
+    same = [k for k in keys if k[-1] == plain[-1]]
+    if same:
+        return ".".join(same[0])
     siblings = [k[-1] for k in keys if k[:-1] == parent]
     close = difflib.get_close_matches(plain[-1].lower().replace("-", "_"), siblings, n=1, cutoff=0.6)
     if close:
         return _dotted((*key[:-1], close[0]))
-    # The right name in the wrong section, perhaps misspelt as well.
     close = difflib.get_close_matches(plain[-1], {k[-1]: None for k in keys}, n=1, cutoff=0.8)
     return ".".join(next(k for k in keys if k[-1] == close[0])) if close else None
 

@@ -26,6 +26,7 @@ from hearth.config.section import (
     Section,
     section,
 )
+from hearth.config.sweep import SweepSection
 
 _NOT_FOR_FIM = ("sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "ppo")
 
@@ -321,6 +322,9 @@ class Recipe(Section):
     track: TrackSection = section(TrackSection, "Tracking.")
     evaluate: EvaluateSection = section(EvaluateSection, "Evaluation.")
     register_: RegisterSection = section(RegisterSection, "Registration.", alias="register")
+    sweep: SweepSection | None = Field(
+        None, description="Keys of this recipe that `hearth train --sweep` varies."
+    )
 
     model_config = ConfigDict(populate_by_name=True)
 
