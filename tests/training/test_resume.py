@@ -20,6 +20,7 @@ import torch
 from hearth.errors import ConfigError, IntegrityError, Interrupted, NonFiniteError, StorageError
 from hearth.training import Batch, Callback, Trainer
 from hearth.training.checkpoint import CheckpointStore, store
+from hearth.training.nonfinite import skip_or_raise
 from hearth.workspace import Run, Workspace
 
 MakeTrainer = Callable[..., Trainer]
@@ -400,6 +401,15 @@ def test_skipped_steps_keep_schedule_and_data(
     state = json.loads(last_checkpoint(run)["state.json"])
     assert state["parts"]["training"]["num_skipped_steps"] == 3
     assert state["parts"]["training"]["num_tokens"] < trainer.total_steps * 4 * 32
+
+
+def test_looking_for_the_cause_draws_no_random_number(train_parts: MakeTrainer) -> None:
+    trainer = poisoned(train_parts, (0,), **SKIP)
+    trainer.model.train()  # with dropout
+    batches = trainer.objective.batches(trainer, 0, trainer.step_rows(0))
+    before = torch.get_rng_state()
+    assert "loss nan in step 1" in skip_or_raise(trainer, 0, batches, float("nan"), 1.0)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("stop", [4, 5, 7])
