@@ -323,7 +323,7 @@ class Recipe(Section):
     evaluate: EvaluateSection = section(EvaluateSection, "Evaluation.")
     register_: RegisterSection = section(RegisterSection, "Registration.", alias="register")
     sweep: SweepSection | None = Field(
-        None, description="Keys of this recipe that `hearth train --sweep` varies."
+        default=None, description="Keys of this recipe that `hearth train --sweep` varies."
     )
 
     model_config = ConfigDict(populate_by_name=True)
