@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from hearth.cli.after_training import how_to_use
 from hearth.evaluation import parity
 from hearth.workspace import Workspace
 
@@ -101,3 +103,43 @@ def test_aliases_that_could_never_be_set_are_refused(
     refused = hearth("train", recipe, *overrides)
     assert refused.code == 2
     assert message in refused.err
+
+
+@pytest.mark.parametrize(
+    ("architecture", "objective", "source", "expected"),
+    [
+        ("Qwen3ForCausalLM", "pretrain", "text", "hearth generate tiny@1 "),
+        ("Qwen3ForCausalLM", "distill", "text", "hearth generate tiny@1 "),
+        ("Qwen3ForCausalLM", "distill", "chat", "hearth chat tiny@1"),
+        ("Qwen3ForCausalLM", "dpo", "preference", "hearth chat tiny@1"),
+        (
+            "Qwen3ForSequenceClassification",
+            "reward",
+            "preference",
+            "train.reinforce.rewards=[{model: tiny@1}]",
+        ),
+    ],
+)
+def test_the_last_line_fits_what_was_learnt(
+    tmp_path: Path, architecture: str, objective: str, source: str, expected: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    recipe = {"train": {"objective": objective}, "data": {"sources": [{"format": source}]}}
+    assert expected in how_to_use("tiny@1", tmp_path, recipe)
+
+
+def test_one_run_says_that_it_leaves_the_sweep_aside(hearth: Run, recipe: Path) -> None:
+    values = yaml.safe_load(recipe.read_text())
+    values["sweep"] = {"parameters": {"train.learning_rate": {"log": [1e-4, 1e-2]}}}
+    recipe.write_text(yaml.safe_dump(values))
+    done = hearth("train", recipe, "--dry-run", "--quiet")
+    assert done.code == 0, done.err
+    assert "--sweep runs its trials" in done.err
+
+
+def test_the_result_names_the_next_command(hearth: Run, recipe: Path) -> None:
+    off = ("evaluate.bits_per_byte=false", "evaluate.parity=false", "register.aliases=[]")
+    done = hearth("train", recipe, *off, "--quiet")
+    assert done.code == 0, done.err
+    assert "best held-out" in done.out
+    assert "hearth generate tiny@1" in done.err

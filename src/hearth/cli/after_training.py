@@ -1,4 +1,4 @@
-"""What a recipe asks for once its run has ended: evaluation, the parity gate, aliases.
+"""What a recipe asks for once its run has ended: evaluation, the parity gate, aliases; and what to do then.
 
 Evaluation lies above training in the layers, so `hearth train` does this and ``Trainer.fit`` does not.
 """
@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from hearth.cli.output import note, progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from hearth.config import Recipe
     from hearth.workspace import Run, Workspace
+
+_CONVERSATIONS = {"chat", "stdlib-chat"}
 
 
 def after_training(run: Run, recipe: Recipe, workspace: Workspace, *, quiet: bool = False) -> dict[str, Any]:
@@ -50,6 +52,16 @@ def _writes_text(model_dir: Path) -> bool:
     """Whether it is a causal language model, and no reward model."""
     architectures = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["architectures"]
     return not any(str(name).endswith("ForSequenceClassification") for name in architectures)
+
+
+def how_to_use(model: str, directory: Path, recipe: Mapping[str, Any]) -> str:
+    """The command to try next with what a run has left, by what it has learnt."""
+    if not _writes_text(directory):
+        return f"use it with objective grpo or ppo: train.reinforce.rewards=[{{model: {model}}}]"
+    formats = {source["format"] for source in recipe["data"]["sources"]}
+    if recipe["train"]["objective"] in ("pretrain", "distill") and not formats & _CONVERSATIONS:
+        return f"try it: hearth generate {model} 'Once upon a time'"
+    return f"try it: hearth chat {model}"
 
 
 def _evaluate(model: str, run: Run, workspace: Workspace, *, quiet: bool) -> dict[str, Any] | None:

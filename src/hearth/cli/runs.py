@@ -146,7 +146,10 @@ def export(run_id: str, out: Path, step: str, as_json: bool) -> None:
         print_json({"run": run.id, "step": exported.step, "dir": str(exported.directory)})
         return
     click.echo(f"step {exported.step} of run {run.id} is in {exported.directory}")
-    note(f"try it: hearth generate {exported.directory} 'Once upon a time'")
+    from hearth.cli.after_training import how_to_use
+
+    assert run.recipe is not None
+    note(how_to_use(str(exported.directory), exported.directory, run.recipe))
 
 
 def _show_series(points: list[MetricPoint], as_json: bool) -> None:

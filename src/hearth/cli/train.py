@@ -69,6 +69,8 @@ def train(
 
             sweeping.run(loaded, sweep, workspace, name=recipe, quiet=quiet, as_json=as_json)
             return
+        if loaded.sweep is not None and resume is None:
+            note("the recipe has a sweep section, which one run leaves aside; --sweep runs its trials")
         # torch and transformers take seconds to load; a recipe that is wrong is refused before that.
         from hearth.training import Trainer
 
@@ -133,6 +135,9 @@ def _print_result(run: Run, facts: dict[str, Any], *, as_json: bool) -> None:
     for key, label in (("loss", "loss"), ("eval_loss", "held-out loss"), ("best_eval_loss", "best held-out")):
         if summary.get(key) is not None:
             shown.append((label, f"{summary[key]:.4f}"))
+    for key in summary:
+        if key.startswith("best_eval_") and key != "best_eval_loss" and summary[key] is not None:
+            shown.append((key.replace("_eval_", " held-out "), f"{summary[key]:.4f}"))
     if summary.get("tokens_per_second") is not None:
         shown.append(("speed", f"{summary['tokens_per_second']:,.0f} tokens/s, MFU {summary['mfu']:.1%}"))
     scores = summary.get("evaluation", {})
@@ -147,4 +152,8 @@ def _print_result(run: Run, facts: dict[str, Any], *, as_json: bool) -> None:
     if summary.get("aliases"):
         shown.append(("aliases", ", ".join(summary["aliases"])))
     print_table(("result", ""), shown)
-    note(f"try it: hearth generate {summary.get('version') or summary['model_dir']} 'Once upon a time'")
+    from hearth.cli.after_training import how_to_use
+
+    assert run.recipe is not None
+    directory = summary["model_dir"]
+    note(how_to_use(summary.get("version") or directory, Path(directory), run.recipe))
