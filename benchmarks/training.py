@@ -1,294 +1,353 @@
-"""Training: Hearth's loop beside transformers' Trainer, on the same model, rows, precision and optimizer.
+"""Training: Hearth beside TRL's SFTTrainer, transformers' Trainer and a loop in plain torch.
 
-    python benchmarks/training.py            # 5M and 20M on the CPU, about ten minutes
-    python benchmarks/training.py --quick    # a smoke test of a minute
+    python benchmarks/peers/install.py trl transformers   # once: an environment for each peer; minutes
+    python benchmarks/training.py                         # everything, two rounds: 15 minutes on 2 cores
+    python benchmarks/training.py --only sft --rounds 3
+    python benchmarks/training.py --quick                 # a tiny model, no TRL: a smoke test of a minute
 
-Each measurement is a process of its own, so that its peak memory is its own; the two take turns. Rows are
-packed documents of Zipf-distributed tokens; both see the same rows in the same order from the same weights,
-and the losses of the last step are printed side by side. MFU = flops_per_token x tokens/s / peak, with the
-formula of ``hearth.models.flops_per_token`` and, for both, the measured peak of a matrix product.
+The same weights, documents of each step, precision (bf16 where the processor has it) and AdamW for all;
+losses are printed side by side. A measurement is a process of its own, they take turns, and who goes first
+changes from round to round. Tokens are those that are not padding; a rate is the median over the steps but
+the first. PARTS are of sft (gsm8k), pretrain (Python's standard library), memory (32,768 entries in the
+vocabulary), overhead (each step of the loop beside the same step bare, in one process) and checkpoint (how
+long a step waits for one).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import resource
+import os
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import common
+from common import hardware, ratio_table, summary, write_result
+from trainers import figures, jobs
+from trainers.competitors import TrainerFailed, interpreter, measure, missing
+from trainers.jobs import Shape
 
-NAMES = ("hearth", "transformers")
-
-
-def make_rows(num_rows: int, length: int, vocab_size: int) -> list[dict[str, Any]]:
-    """Packed rows of documents whose lengths and tokens are as skewed as those of text."""
-    import numpy as np
-
-    from hearth.data import PackPlan
-
-    rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(4.6, 0.8, size=num_rows * 4).astype(int), 8, 4 * length)
-    plan = PackPlan.build(lengths, length, seed=0)
-    documents = [np.minimum(rng.zipf(1.3, size=size) + 3, vocab_size - 1) for size in lengths]
-    rows = []
-    for index in range(min(num_rows, plan.num_rows)):
-        row = {
-            "input_ids": np.zeros(length, dtype=np.int64),
-            "labels": np.full(length, -100, dtype=np.int64),
-            "position_ids": np.zeros(length, dtype=np.int64),
-            "segment_ids": np.full(length, -1, dtype=np.int64),
-        }
-        at = 0
-        for number, segment in enumerate(range(int(plan.row_starts[index]), int(plan.row_starts[index + 1]))):
-            start, count = int(plan.starts[segment]), int(plan.lengths[segment])
-            tokens = documents[int(plan.documents[segment])][start : start + count + 1]
-            here = slice(at, at + count)
-            row["input_ids"][here], row["labels"][here] = tokens[:-1], tokens[1:]
-            row["position_ids"][here] = np.arange(count)
-            row["segment_ids"][here] = number
-            at += count
-        row["position_ids"][at:] = np.arange(length - at)
-        rows.append(row)
-    return rows
+PARTS = ("sft", "pretrain", "memory", "overhead", "checkpoint")
+PEER_NAMES = ("transformers", "torch", "trl-default", "trl-padding", "trl-packing")
+PEERS_OF = {
+    "sft": ("torch", "trl-default", "trl-padding", "trl-packing"),
+    "pretrain": ("transformers", "torch"),
+    "memory": ("transformers", "torch"),
+    "overhead": (),
+    "checkpoint": ("transformers",),
+}
+SHAPES = {
+    "sft": [Shape("sft", "5M", steps=7)],
+    "pretrain": [Shape("pretrain", "5M", steps=7), Shape("pretrain", "20M", steps=5)],
+    "memory": [Shape("pretrain", "20M", steps=3, batch_size=8, vocab=32768)],
+    "overhead": [Shape("pretrain", "5M", steps=9), Shape("pretrain", "20M", steps=5)],
+    "checkpoint": [Shape("pretrain", "20M", steps=7, batch_size=8, checkpoint_every=3)],
+}
+_SMALL: dict[str, Any] = {"length": 128, "micro_batch_size": 2, "batch_size": 4, "vocab": 512}
+QUICK = {
+    "sft": [Shape("sft", "300K", steps=3, **_SMALL | {"length": 512})],
+    "pretrain": [Shape("pretrain", "300K", steps=3, **_SMALL)],
+    "memory": [Shape("pretrain", "1M", steps=3, **_SMALL | {"vocab": 8192})],
+    "overhead": [Shape("pretrain", "300K", steps=4, **_SMALL)],
+    "checkpoint": [Shape("pretrain", "300K", steps=5, checkpoint_every=2, **_SMALL)],
+}
 
 
-def recipe_of(options: argparse.Namespace, size: str) -> Any:
-    """The settings of one measurement."""
-    from hearth.config import Recipe
+class Benchmark:
+    """One run: what was asked for, and what was found."""
 
-    return Recipe.model_validate(
-        {
-            "model": {"size": size, "context_length": options.length},
-            "data": {"sequence_length": options.length},
-            "train": {
-                "steps": options.steps,
-                "batch_size": options.micro * options.accumulate,
-                "micro_batch_size": options.micro,
-                "learning_rate": 1e-3,
-                # The two define warmup one step apart; a constant rate makes the losses comparable.
-                "schedule": "constant",
-                "precision": options.precision,
-            },
-        }
-    )
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        import torch
 
+        from hearth.models import peak_flops
+        from hearth.training.precision import choose_device, choose_precision
 
-def run_hearth(options: argparse.Namespace, size: str, folder: Path) -> dict[str, Any]:
-    """Train with ``hearth.Trainer``; the whole ``fit``, checkpoint at the end apart."""
-    from hearth.models import build_model
-    from hearth.training import Callback, Trainer
-    from hearth.workspace import Workspace
+        self.quick: bool = arguments.quick
+        self.rounds: int = 1 if self.quick else arguments.rounds
+        self.only: list[str] = arguments.only
+        unwanted = [name for name in PEER_NAMES if self.quick and name.startswith("trl")]
+        self.peers = [
+            name for name in arguments.peers or PEER_NAMES if arguments.peers or name not in unwanted
+        ]
+        self.folder = folder
+        self.machine = hardware()
+        device = choose_device()
+        self.device, self.precision = device.type, choose_precision(arguments.precision, device)
+        self.peak = peak_flops(device, torch.bfloat16 if self.precision == "bf16" else torch.float32)
+        self.settings = {"rounds": self.rounds, "precision": self.precision, "device": self.device}
+        self.notes: list[str] = []
+        self.runs: dict[str, dict[str, list[dict[str, Any]]]] = {}  # by label of the job and competitor
+        self.prepared: dict[str, jobs.Prepared] = {}
+        self._datasets: dict[str, Any] = {}
 
-    class Times(Callback):
-        stamps: list[float] = []  # noqa: RUF012 - one instance
-        losses: list[float] = []  # noqa: RUF012
+    # -- what --------------------------------------------------------------------------------------------
+    def run(self) -> None:
+        for part in self.only:
+            if part == "sft" and not jobs.GSM8K.exists():
+                self.note(jobs.NO_GSM8K)
+                continue
+            for shape in (QUICK if self.quick else SHAPES)[part]:
+                self.measure_part(part, shape)
 
-        def on_step(self, trainer: Any, step: int, metrics: Any) -> None:  # noqa: ARG002
-            self.stamps.append(time.perf_counter())
-            self.losses.append(metrics["loss"])
-
-    recipe, times = recipe_of(options, size), Times()
-    model = build_model(recipe.model, vocab_size=options.vocab, seed=0)
-    rows = make_rows(options.rows, options.length, options.vocab)
-    with Workspace.open(folder) as workspace:
-        trainer = Trainer(
-            model=model,
-            train_dataset=rows,
-            config=recipe,
-            workspace=workspace,
-            progress=False,
-            callbacks=[times],
+    def measure_part(self, part: str, shape: Shape) -> None:
+        label = f"{part}, {shape.size}" + (f", {shape.vocab} entries" if part == "memory" else "")
+        self.prepared[label] = jobs.write_job(
+            self.folder / label.replace(", ", "-"),
+            shape,
+            self.dataset(shape.objective),
+            precision=self.precision,
+            device=self.device,
         )
-        precision = trainer.precision
-        trainer.fit()
-    return {"stamps": times.stamps, "losses": times.losses, "precision": precision}
+        first = "overhead" if part == "overhead" else "hearth"
+        names = [first, *(name for name in PEERS_OF[part] if name in self.peers)]
+        for name in [name for name in names if interpreter(name) is None]:
+            self.note(missing(name))
+            names.remove(name)
+        self.runs[label] = {name: [] for name in names}
+        # Memory and shares of a step hardly differ from run to run.
+        for round_ in range(self.rounds if part in ("sft", "pretrain") else 1):
+            for name in names if round_ % 2 == 0 else reversed(names):
+                self.measure_one(label, name, round_)
 
+    def measure_one(self, label: str, name: str, round_: int) -> None:
+        try:
+            facts = measure(name, self.prepared[label].folder)
+        except TrainerFailed as error:
+            self.note(str(error))
+            return
+        self.runs[label][name].append(facts)
+        rate = figures.tokens_per_second(facts["stamps"], self.prepared[label].tokens)
+        memory = figures.memory(facts)
+        print(
+            f"{label}, round {round_ + 1}, {name}: {rate:.0f} tokens/s, last loss {facts['losses'][-1]:.4f}, "
+            f"{memory['peak']:.0f} MiB",
+            file=sys.stderr,
+            flush=True,
+        )
 
-def run_transformers(options: argparse.Namespace, size: str, folder: Path) -> dict[str, Any]:
-    """Train with ``transformers.Trainer`` as its documentation shows, on the rows in Hearth's order."""
-    import numpy as np
-    import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-    from transformers.utils import logging
+    def dataset(self, objective: str) -> Any:
+        if objective not in self._datasets:
+            folder = self.folder / objective
+            folder.mkdir()
+            self._datasets[objective] = (
+                jobs.prepare_gsm8k(folder, num_lines=200 if self.quick else None)
+                if objective == "sft"
+                else jobs.prepare_text(folder, num_files=8 if self.quick else None)
+            )
+        return self._datasets[objective]
 
-    from hearth.models import build_model
-    from hearth.training.batches import step_rows
-    from hearth.training.precision import choose_device, choose_precision
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            print(text, file=sys.stderr, flush=True)
 
-    logging.set_verbosity_error()
-    recipe = recipe_of(options, size)
-    section = recipe.train
-    model = build_model(recipe.model, vocab_size=options.vocab, seed=0)
-    model.config.use_cache = False  # a cache would turn the isolation of packed documents off
-    rows = make_rows(options.rows, options.length, options.vocab)
-    order = [
-        row
-        for step in range(options.steps)
-        for row in step_rows(step, batch_size=section.batch_size, seed=section.seed, num_rows=len(rows))
-    ]
+    # -- figures -----------------------------------------------------------------------------------------
+    def rates(self, label: str, name: str) -> list[float]:
+        tokens = self.prepared[label].tokens
+        return [
+            figures.tokens_per_second(facts["stamps"], tokens) for facts in self.runs[label].get(name, [])
+        ]
 
-    def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-        names = ("input_ids", "position_ids", "labels")
-        batch = {name: torch.from_numpy(np.stack([item[name] for item in items])) for name in names}
-        # Hearth's labels are already the next tokens; this is transformers' name for such labels.
-        return {**batch, "shift_labels": batch["labels"]}
+    def mfu(self, label: str, name: str) -> list[float]:
+        """Percent of the measured peak."""
+        each = 100 * self.prepared[label].flops_per_token / self.peak
+        return [rate * each for rate in self.rates(label, name)]
 
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
+    def memories(self, label: str, name: str, what: str) -> list[float]:
+        return [figures.memory(facts)[what] for facts in self.runs[label].get(name, [])]
 
-    stamps: list[float] = []
+    def rows(
+        self, parts: tuple[str, ...], figure: Any, suffix: str = ""
+    ) -> dict[str, dict[str, list[float]]]:
+        """A line a job of these parts, a column a competitor."""
+        labels = [label for label in self.runs if label.split(",")[0] in parts]
+        found = {label + suffix: {name: figure(label, name) for name in self.runs[label]} for label in labels}
+        return {label: row for label, row in found.items() if any(row.values())}
 
-    class Times(TrainerCallback):
-        def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
-            stamps.append(time.perf_counter())
+    def losses(self, label: str) -> dict[str, list[float]]:
+        return {name: runs[0]["losses"] for name, runs in self.runs[label].items() if runs}
 
-    device = choose_device()
-    precision = choose_precision(section.precision, device)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=options.steps,
-        per_device_train_batch_size=section.micro_batch_size,
-        gradient_accumulation_steps=options.accumulate,
-        learning_rate=section.learning_rate,
-        lr_scheduler_type="constant",
-        weight_decay=section.weight_decay,
-        adam_beta1=section.beta1,
-        adam_beta2=section.beta2,
-        adam_epsilon=section.epsilon,
-        max_grad_norm=section.grad_clip,
-        optim="adamw_torch_fused",
-        bf16=precision == "bf16",
-        use_cpu=device.type == "cpu",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=device.type == "cuda",
-    )
-    trainer = InOrder(
-        model=model,
-        args=arguments,
-        train_dataset=[rows[index] for index in order],
-        data_collator=collate,
-        callbacks=[Times()],
-    )
-    trainer.train()
-    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return {"stamps": stamps, "losses": losses, "precision": precision}
+    def overheads(self) -> dict[str, dict[str, float]]:
+        """Shares of a step, in percent."""
+        found = {}
+        for label, by_name in self.runs.items():
+            for facts in by_name.get("overhead", []):
+                shares = facts["performance"]["shares"]
+                found[label] = {
+                    "beside a bare step": 100 * figures.overhead_share(facts["pairs"]),
+                    "by the clock of the loop": 100 * (shares["data"] + shares["other"]),
+                }
+        return found
 
+    def saves(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Milliseconds: until a checkpoint is on the disk, how long a step waits for it; and a step."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for label, by_name in self.runs.items():
+            for name, runs in by_name.items():
+                saves = [save for facts in runs for save in facts["saves"]]
+                if saves:
+                    found.setdefault(label, {})[name] = {
+                        key: 1000 * statistics.median(save[key] for save in saves)
+                        for key in ("stall", "seconds")
+                    }
+        return found
 
-def measure(options: argparse.Namespace) -> None:
-    """The worker process: one competitor, one size; facts as one line of JSON."""
-    import torch
+    def goals(self) -> list[figures.Goal]:
+        def ratio(label: str, peer: str, figure: Any) -> float | None:
+            ours, theirs = (figure(label, name) if label in self.runs else [] for name in ("hearth", peer))
+            return statistics.median(ours) / statistics.median(theirs) if ours and theirs else None
 
-    from hearth.models import build_model, flops_per_token, num_parameters, peak_flops
-    from hearth.training.precision import choose_device
+        goals = []
+        for label in self.runs:
+            part = label.split(",")[0]
+            if part == "sft":
+                value = ratio(label, "trl-default", self.rates)
+                goals.append(figures.Goal(f"{label}: tokens/s over TRL as it comes", value, least=1.5))
+            elif part == "pretrain":
+                value = ratio(label, "transformers", self.rates)
+                goals.append(figures.Goal(f"{label}: tokens/s over Trainer", value, least=1.1))
+            elif part == "memory":
+                for what in ("peak", "added"):
+                    value = ratio(
+                        label, "transformers", lambda job, name, what=what: self.memories(job, name, what)
+                    )
+                    goals.append(figures.Goal(f"{label}: memory ({what}) over Trainer", value, most=0.7))
+        for label, shares in self.overheads().items():
+            for how, share in shares.items():
+                goals.append(figures.Goal(f"{label}: share of a step, {how}", share / 100, most=0.02))
+        return goals
 
-    size = options.sizes[0]
-    with tempfile.TemporaryDirectory() as folder:
-        run = run_hearth if options.worker == "hearth" else run_transformers
-        facts = run(options, size, Path(folder))
-    device = choose_device()
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    model = build_model(recipe_of(options, size).model, vocab_size=options.vocab, seed=0)
-    # The first step warms up. A step is the median of what is left.
-    steps = [later - earlier for earlier, later in zip(facts["stamps"], facts["stamps"][1:], strict=False)]
-    rows = make_rows(options.rows, options.length, options.vocab)
-    filled = statistics.mean(float((row["segment_ids"] >= 0).mean()) for row in rows)
-    tokens = options.micro * options.accumulate * options.length * filled
-    rate = tokens / statistics.median(steps)
-    dtype = torch.bfloat16 if facts["precision"] == "bf16" else torch.float32
-    flops = flops_per_token(model, options.length)
-    print(
-        json.dumps(
-            {
-                "tokens_per_second": rate,
-                "mfu": rate * flops / peak_flops(device, dtype),
-                "peak_memory_mib": memory / 2**20,
-                "last_loss": facts["losses"][-1],
-                "parameters": num_parameters(model),
-                "precision": facts["precision"],
-                "device": str(device),
-                "flops_per_token": flops,
+    # -- results -----------------------------------------------------------------------------------------
+    def tables(self) -> str:
+        both = ("sft", "pretrain")
+        parts = []
+        for unit, higher, rows in (
+            ("tokens/s", True, self.rows(both, self.rates)),
+            ("MFU %", True, self.rows(both, self.mfu)),
+            ("MiB", False, self.memory_rows()),
+        ):
+            if rows:
+                parts.append(ratio_table(rows, ours="hearth", unit=unit, higher_is_better=higher))
+        for label in self.runs:
+            losses = self.losses(label)
+            if len(losses) > 1 and label.split(",")[0] in both:
+                difference = figures.largest_difference(losses, ours="hearth") if "hearth" in losses else 0.0
+                parts.append(
+                    f"{label}: the losses differ by {difference:.2%} at most\n\n{figures.loss_table(losses)}"
+                )
+        for label, shares in self.overheads().items():
+            parts.append(f"{label}: " + ", ".join(f"{how} {share:.2f} %" for how, share in shares.items()))
+        for label, by_name in self.saves().items():
+            for name, times in by_name.items():
+                parts.append(
+                    f"{label}, {name}: a step waits {times['stall']:.0f} ms for a checkpoint that is written "
+                    f"{times['seconds']:.0f} ms after it was asked for"
+                )
+        goals = self.goals()
+        if any(goal.value is not None for goal in goals):
+            parts.append(figures.goal_table(goals))
+        return "\n\n".join([*parts, *self.notes])
+
+    def memory_rows(self) -> dict[str, dict[str, list[float]]]:
+        rows: dict[str, dict[str, list[float]]] = {}
+        for what, suffix in (("peak", ": peak"), ("added", ": added by training")):
+            rows |= self.rows(
+                ("sft", "pretrain", "memory"),
+                lambda label, name, what=what: self.memories(label, name, what),
+                suffix,
+            )
+        return rows
+
+    def results(self) -> dict[str, Any]:
+        def summaries(rows: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+            return {
+                label: {name: summary(values) for name, values in row.items() if values}
+                for label, row in rows.items()
             }
-        )
-    )
+
+        return {
+            "tokens/s": summaries(self.rows(("sft", "pretrain"), self.rates)),
+            "MFU %": summaries(self.rows(("sft", "pretrain"), self.mfu)),
+            "MiB": summaries(self.memory_rows()),
+            "losses": {label: self.losses(label) for label in self.runs},
+            "overhead %": self.overheads(),
+            "checkpoint ms": self.saves(),
+            "goals": [vars(goal) | {"reached": goal.reached} for goal in self.goals()],
+            "facts": {
+                "peak flops": self.peak,
+                "jobs": {
+                    label: {
+                        "parameters": job.parameters,
+                        "flops per token": job.flops_per_token,
+                        "tokens of each step": job.tokens,
+                    }
+                    for label, job in self.prepared.items()
+                },
+                "versions": {
+                    name: runs[0]["versions"]
+                    for by in self.runs.values()
+                    for name, runs in by.items()
+                    if runs
+                },
+                "shares of Hearth's step": {
+                    label: runs[0]["performance"]["shares"]
+                    for label, by in self.runs.items()
+                    if (runs := by.get("hearth"))
+                },
+            },
+            "notes": self.notes,
+        }
 
 
-def spawn(name: str, size: str, arguments: list[str]) -> dict[str, Any]:
-    """Run one worker and return its facts."""
-    command = [sys.executable, __file__, "--worker", name, *arguments, "--sizes", size]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-    facts: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return facts
+def _names(allowed: tuple[str, ...]) -> Any:
+    def parse(text: str) -> list[str]:
+        names = [] if text == "none" else text.split(",")
+        unknown = [name for name in names if name not in allowed]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"no {unknown[0]!r}; choose from {', '.join(allowed)}")
+        return names
+
+    return parse
 
 
 def main() -> None:
-    """Measure in turns, print the tables, write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one small model, few steps, one round")
-    parser.add_argument("--sizes", nargs="+", default=["5M", "20M"])
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--micro", type=int, default=8, help="rows of a micro-batch")
-    parser.add_argument("--accumulate", type=int, default=2, help="micro-batches of a step")
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.quick:
-        options.sizes, options.steps, options.micro, options.length = ["1M"], 3, 2, 128
-        options.vocab, options.rows, options.rounds = 1024, 32, 1
-    if options.worker:
-        measure(options)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a tiny model, one round, no TRL")
+    parser.add_argument(
+        "--only", type=_names(PARTS), default=list(PARTS), metavar="PARTS", help="comma-separated"
+    )
+    parser.add_argument(
+        "--peers", type=_names(PEER_NAMES), help=f"none, or comma-separated names of {', '.join(PEER_NAMES)}"
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="measurements of each competitor")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    # A plain end would leave the worker behind, and the folder of its job.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
+        benchmark = Benchmark(arguments, Path(folder))
+        benchmark.run()
+    stored = write_result(
+        "training-quick" if benchmark.quick else "training",
+        benchmark.results(),
+        settings=benchmark.settings,
+        machine=benchmark.machine,
+    )
+    if arguments.json:
+        print(json.dumps(benchmark.results()))
         return
-    machine = common.hardware()
-    keys = ("steps", "micro", "accumulate", "length", "vocab", "rows", "precision")
-    arguments = [text for key in keys for text in (f"--{key}", str(getattr(options, key)))]
-    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for size in options.sizes:
-        results[size] = {name: [] for name in NAMES}
-        for round_ in range(options.rounds):
-            # Whoever goes first changes from round to round.
-            for name in NAMES if round_ % 2 == 0 else reversed(NAMES):
-                results[size][name].append(spawn(name, size, arguments))
-                print(f"{size} round {round_ + 1} {name}: {results[size][name][-1]}", file=sys.stderr)
-    print(f"# Training, {results[options.sizes[0]]['hearth'][0]['precision']}, {machine['cpu']}\n")
-    for key, unit, higher in (
-        ("tokens_per_second", "tokens/s", True),
-        ("mfu_percent", "MFU %", True),
-        ("peak_memory_mib", "peak memory MiB", False),
-    ):
-        rows = {
-            size: {
-                name: [100 * run["mfu"] if key == "mfu_percent" else run[key] for run in runs]
-                for name, runs in by_name.items()
-            }
-            for size, by_name in results.items()
-        }
-        print(common.ratio_table(rows, ours="hearth", unit=unit, higher_is_better=higher), "\n")
-    for size, by_name in results.items():
-        losses = ", ".join(f"{name} {runs[0]['last_loss']:.4f}" for name, runs in by_name.items())
-        print(f"{size}: loss of step {options.steps}: {losses}")
-    settings = {key: getattr(options, key) for key in (*keys, "rounds")}
-    print("written to", common.write_result("training", results, settings=settings, machine=machine))
+    print(f"\n{benchmark.machine['cpu']}, {benchmark.machine['num_cores']} cores, {benchmark.precision}\n")
+    print(benchmark.tables())
+    print(f"\nwritten to {os.path.relpath(stored)}")
 
 
 if __name__ == "__main__":

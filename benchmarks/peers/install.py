@@ -1,4 +1,4 @@
-"""Install the peers that the engine is measured beside, each in an environment of its own.
+"""Install the peers that Hearth is measured beside, each in an environment of its own.
 
     python benchmarks/peers/install.py                 # all that are missing; llama.cpp compiles for minutes
     python benchmarks/peers/install.py vllm llamacpp   # these
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 PEERS = Path(__file__).resolve().parent
-NAMES = ("transformers", "llamacpp", "vllm")
+NAMES = ("transformers", "llamacpp", "vllm", "trl")
 # llama-cpp-python reads CMAKE_ARGS; GGML_NATIVE compiles for this processor. Without pip's cache, because a
 # wheel in it may have been built with other arguments.
 _INCLUDE = shlex.quote(f"-DCMAKE_CXX_FLAGS=-include {PEERS / 'llamacpp' / 'gcc_amx.h'}")
