@@ -12,6 +12,7 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from hearth.training.clipping import clip_by_norm, scale, total_norm
 
@@ -30,6 +31,7 @@ def whole_gradients() -> dict[str, Tensor]:
         "replicated": draw(7),
         "partial": draw(3, 3),
         "other mesh": draw(6, 2),
+        "strided": draw(4, 3),
         "plain": draw(11),
     }
 
@@ -37,6 +39,7 @@ def whole_gradients() -> dict[str, Tensor]:
 def spread_gradients(whole: dict[str, Tensor], rank: int) -> list[Tensor]:
     """The same gradients on two meshes of both processes, and a plain tensor."""
     one, two = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",)), init_device_mesh("cpu", (1, 2))
+    both = init_device_mesh("cpu", (2, 1), mesh_dim_names=("fsdp", "tp"))
     part = whole["partial"] * (0.25 if rank == 0 else 0.75)
     return [
         distribute_tensor(whole["rows"], one, [Shard(0)]),
@@ -44,6 +47,8 @@ def spread_gradients(whole: dict[str, Tensor], rank: int) -> list[Tensor]:
         distribute_tensor(whole["replicated"], one, [Replicate()]),
         DTensor.from_local(part, one, [Partial()]),
         distribute_tensor(whole["other mesh"], two, [Replicate(), Shard(0)]),
+        # What FSDP2 makes of a weight that tensor parallelism has split by rows.
+        distribute_tensor(whole["strided"], both, [_StridedShard(0, split_factor=1), Shard(0)]),
         whole["plain"].clone(),
     ]
 

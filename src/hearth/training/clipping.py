@@ -29,7 +29,9 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
         key: tuple[object, ...] = ()
         if _is_spread(gradient):
             whole = _without_partial(gradient)
-            key = (id(whole.device_mesh), tuple(d for d, p in enumerate(whole.placements) if p.is_shard()))
+            # Not `is_shard`: it denies the strided shards of FSDP2 over tensor parallelism.
+            split = tuple(d for d, p in enumerate(whole.placements) if not p.is_replicate())
+            key = (id(whole.device_mesh), split)
             examples[key] = whole
             gradient = whole.to_local()
         spread.setdefault(key, []).append(gradient)
