@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
@@ -80,8 +81,9 @@ class ParameterSection(Section):
         if self.kind == "int":
             return list(range(values[0], values[1] + 1, int(self.step or 1)))
         if self.kind == "uniform" and self.step is not None:
-            count = int((values[1] - values[0]) / self.step + 1e-9) + 1
-            return [values[0] + index * self.step for index in range(count)]
+            # As decimals, as Optuna counts them: it refuses 0.30000000000000004 at the end of 0.3.
+            first, last, step = (Decimal(str(value)) for value in (*values, self.step))
+            return [float(first + index * step) for index in range(int((last - first) / step) + 1)]
         return None
 
 

@@ -75,6 +75,17 @@ def test_a_grid_goes_through_everything_once(make_sweep: MakeSweep) -> None:
     assert [repr(value) for value in values] == ["(1, True)", "(1, 1)", "(2, True)", "(2, 1)"]
 
 
+def test_every_trial_of_a_grid_of_decimals_can_be_put_back(make_sweep: MakeSweep) -> None:
+    sweep = make_sweep(
+        parameters={"train.weight_decay": {"uniform": [0.0, 0.3], "step": 0.1}}, sampler="grid", trials=4
+    )
+    taken = [sweep.ask() for _ in range(4)]
+    for trial in taken:
+        sweep.requeue(trial)
+    again = [sweep.ask().params["train.weight_decay"] for _ in range(4)]
+    assert again == [trial.params["train.weight_decay"] for trial in taken] == [0.0, 0.1, 0.2, 0.3]
+
+
 def test_the_trial_of_a_dead_process_is_taken_up_again(make_sweep: MakeSweep) -> None:
     sweep = make_sweep()
     done, lost = sweep.ask(), sweep.ask()
