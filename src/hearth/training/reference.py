@@ -62,6 +62,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextlib.contextmanager
+def _without_adapter(model: nn.Module) -> Iterator[None]:
+    """The adapter is off. PEFT lets all of it train when it is on again; here, only what did before."""
+    trains = [(weight, weight.requires_grad) for weight in model.parameters()]
+    adapted: Any = model
+    try:
+        with adapted.disable_adapter():
+            yield
+    finally:
+        for weight, did in trains:
+            weight.requires_grad_(did)
+
+
 @dataclass(frozen=True)
 class Table:
     """Sequences whose reference log-probabilities are needed.
@@ -103,8 +116,7 @@ class Reference:
             with evaluating(self._frozen):
                 yield self._frozen
             return
-        adapted: Any = model
-        with evaluating(model), adapted.disable_adapter():
+        with evaluating(model), _without_adapter(model):
             yield model
 
 

@@ -151,6 +151,21 @@ def test_the_reference_has_no_dropout_and_takes_no_random_numbers(
             assert not torch.equal(first, sequence_logprobs(trainer.model, batch)[0]), "dropout is on here"
 
 
+def test_what_is_frozen_of_an_adapter_stays_frozen(
+    trainer_of: MakeTrainer, samples: MakeSamples, golden: ModuleType
+) -> None:
+    """PEFT lets the whole adapter train again after it was off: norm, average, checkpoint had more weights."""
+    sections = {"model": {"base": "elsewhere", "adapter": LORA}}
+    train = {"parameter_groups": [{"match": "*.lora_A.*", "freeze": True}], "ema_decay": 0.9}
+    trainer = trainer_of("dpo", samples(4), model=with_adapter(golden), sections=sections, train=train)
+    before = set(trainer._saved_weights())
+    for step in range(2):
+        trainer.train_step(step)
+    assert {name for name, weight in trainer.model.named_parameters() if weight.requires_grad} == before
+    assert before
+    assert all(".lora_B." in name for name in before)
+
+
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_a_resumed_run_reads_its_table_and_gives_the_same_losses(
     objective: str,
