@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _FORMAT = 1
 _BATCH = 256  # prompts between two saves
 _SECONDS_BETWEEN_LINES = 15.0
+_TOO_LONG = "too long for the teacher"
 
 
 class WrittenDataset:
@@ -143,10 +145,11 @@ def _whole_rows(partial: Path) -> list[dict[str, Any]]:
     """What an earlier run has written; a last line that was cut off is taken away."""
     if not partial.is_file():
         return []
-    *whole, rest = partial.read_text(encoding="utf-8").split("\n")
-    if rest:
-        partial.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
-    return [json.loads(line) for line in whole]
+    raw = partial.read_bytes()  # cut off anywhere, in the middle of a character too
+    end = raw.rfind(b"\n") + 1
+    if end < len(raw):
+        os.truncate(partial, end)
+    return [json.loads(line) for line in raw[:end].splitlines()]
 
 
 def _answer(engine: Any, split: TokenSplit, indices: range, recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -166,7 +169,7 @@ def _answer(engine: Any, split: TokenSplit, indices: range, recipe: Recipe) -> I
             refused[index] = "refused by the teacher's template"
             continue
         if len(ids) + section.max_new_tokens > engine.max_model_len:
-            refused[index] = "too long for the teacher"
+            refused[index] = _TOO_LONG
             continue
         prompts.append(ids)
         asked.append((index, messages[:last]))
@@ -206,7 +209,9 @@ def _keep(rows: list[dict[str, Any]], recipe: Recipe, path: Path, say: TrainingP
         raise DataError(
             f"train.distill.teacher {recipe.train.distill.teacher!r} gave no usable answer to {len(rows)} "
             f"prompts: {why}",
-            fix="raise train.distill.max_new_tokens, or choose a teacher that ends its answers",
+            fix="lower train.distill.max_new_tokens: prompt and answer share the teacher's context"
+            if reasons.keys() == {_TOO_LONG}
+            else "raise train.distill.max_new_tokens, or choose a teacher that ends its answers",
         )
     if reasons:
         say.warn(f"{len(rows) - len(kept)} of {len(rows)} answers of the teacher are left out: {why}")

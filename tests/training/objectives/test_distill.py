@@ -335,8 +335,8 @@ def test_answers_that_were_cut_off_go_on_where_they_stopped(
     with pytest.raises(KeyboardInterrupt):
         train_parts(**sections)
     (partial,) = (workspace.root / "answers").glob("*/answers.partial")
-    with partial.open("a") as file:
-        file.write('{"messages": [{"ro')  # the power went here
+    with partial.open("ab") as file:
+        file.write('{"messages": [{"role": "ä'.encode()[:-1])  # the power went here, inside of a character
     monkeypatch.setattr(Engine, "generate", generate)
     assert train_texts(train_parts(**sections).rows.split.dataset) == whole  # type: ignore[attr-defined]
 
