@@ -53,6 +53,12 @@ def test_exact_answer_reads_final_numbers(completion: str, wanted: float) -> Non
     assert judged(answers(completion, answer=GSM8K), "exact_answer") == [wanted]
 
 
+def test_a_number_may_begin_with_its_point() -> None:
+    found = answers(".5", "#### .50", "it is $.5.", "-.5", "5", answer="0.5")
+    assert judged(found, "exact_answer") == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert judged(answers(".5", answer="5"), "exact_answer") == [0.0]
+
+
 def test_exact_answer_of_words_and_of_another_column() -> None:
     found = answers(" Paris. ", "paris", "Paris, France", capital="Paris")
     assert judged(found, "exact_answer", field="capital") == [1.0, 1.0, 0.0]

@@ -90,7 +90,7 @@ def _final(completion: str, right: Decimal | str) -> Decimal | str | None:
 
 def normalised(text: str) -> Decimal | str:
     """A number as a number, without signs of currency, percent and thousands; other text in lower case."""
-    bare = text.strip().strip("$€£%. ").replace(",", "").removeprefix("+").strip()
+    bare = text.strip().lstrip("$€£ ").rstrip("$€£%. ").replace(",", "").removeprefix("+").strip()
     try:
         number = Decimal(bare)
     except InvalidOperation:
