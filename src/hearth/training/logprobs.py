@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hearth.training.batches import IGNORE, Batch
-from hearth.training.loss import chunk_rows, split_head
+from hearth.training.loss import add_product, chunk_rows, split_head
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -72,7 +72,7 @@ class _LinearLogProbs(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[here] = slopes @ weight
             if grad_weight is not None:
-                grad_weight += slopes.T @ hidden[here]
+                add_product(grad_weight, slopes, hidden[here])
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight_VD.dtype)
         return grad_hidden, grad_weight, None, None, None, None
