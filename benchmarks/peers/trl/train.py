@@ -58,8 +58,9 @@ def train(job: Job, meter: Meter, scratch: Path, *, packing: bool, options: dict
         args=SFTConfig(
             **job.arguments(str(scratch), accumulate=accumulate),
             max_length=settings["length"],
-            # Packed rows bring the lengths of their documents, by which this collator keeps them apart.
-            padding_free=packing,
+            # They lie packed already, with the lengths of their documents, by which its collator keeps those
+            # apart: it lays the rows of a micro-batch one behind the other.
+            packing=packing,
             dataset_kwargs={"skip_prepare_dataset": True},
             **options,
         ),
