@@ -146,7 +146,7 @@ def test_an_override_is_key_equals_value(recipe_file, text):
 
 
 def test_an_override_that_is_no_yaml_is_refused(recipe_file):
-    with pytest.raises(ConfigError, match=r"'\[1' is not a YAML value"):
+    with pytest.raises(ConfigError, match=r"train\.steps: '\[1' is not a YAML value"):
         load(recipe_file(""), "train.steps=[1")
 
 

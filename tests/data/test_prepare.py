@@ -453,3 +453,11 @@ def test_a_source_that_changes_under_way_is_noticed(
     with pytest.raises(DataError, match=r"39\.txt"):
         prepare_dataset(recipe, tmp_path / "out", progress=Meddler())
     assert not (tmp_path / "out").exists()
+
+
+def test_conversations_without_answers_get_their_own_advice(prepare: Prepare, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"hello {number}"}]} for number in range(3)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match="3 by no_answer") as caught:
+        prepare({"path": str(tmp_path / "questions.jsonl"), "format": "chat"})
+    assert caught.value.fix == "give conversations in which the assistant says something"

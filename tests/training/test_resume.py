@@ -236,11 +236,85 @@ def test_best_by_another_metric(train_parts: MakeTrainer) -> None:
     assert run.summary["best_eval_accuracy"] == 0.9
 
 
-def test_a_metric_that_nobody_measures(train_parts: MakeTrainer) -> None:
-    trainer = train_parts(train={"evaluate_every": 2}, checkpoint={"best_metric": "eval_bleu"})
+@pytest.mark.parametrize("every", [2, 0])
+def test_a_metric_that_nobody_measures_costs_no_step(train_parts: MakeTrainer, every: int) -> None:
+    train = {"evaluate_every": every}
+    trainer = train_parts(train=train, checkpoint={"best_metric": "eval_bleu"})
     with pytest.raises(ConfigError, match="best_metric 'eval_bleu' is not measured") as caught:
         trainer.fit()
-    assert "eval_loss" in str(caught.value)
+    assert "checkpoint.best_metric=eval_loss" in str(caught.value)
+    assert trainer.run is not None
+    (saved,) = CheckpointStore(trainer.run.dir).list()
+    assert saved.name == f"step-00000{every or 8}"
+    resumed = train_parts(train=train, resume=trainer.run.id).fit()
+    assert resumed.summary["best_eval_loss"] is not None
+
+
+class Broken(Trainer):
+    """Evaluates to what is no number, but for two steps."""
+
+    def evaluate(self) -> dict[str, float]:
+        return {"eval_loss": {2: math.nan, 4: 2.0, 6: -math.inf}.get(self.state.step, math.inf)}
+
+
+def test_an_evaluation_that_is_not_finite_is_saved_and_never_the_best(train_parts: MakeTrainer) -> None:
+    trainer = train_parts(train={"evaluate_every": 2}, checkpoint={"every": 1})
+    trainer.__class__ = Broken
+    run = trainer.fit()
+    assert CheckpointStore(run.dir).find("best").step == 4
+    assert (run.summary["best_eval_loss"], run.summary["eval_loss"]) == (2.0, None)
+    state = json.loads(last_checkpoint(run)["state.json"])["parts"]["training"]
+    assert (state["step"], state["last_eval_step"], state["last_eval_loss"]) == (8, 8, None)
+
+
+def test_a_run_that_is_killed_after_it_stopped_early_trains_no_further(
+    train_parts: MakeTrainer, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Worse(Trainer):
+        def evaluate(self) -> dict[str, float]:
+            return {"eval_loss": float(self.state.step)}
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def make(**options: Any) -> Trainer:
+        trainer = train_parts(
+            train={"steps": 40, "evaluate_every": 2, "early_stopping_patience": 2}, **options
+        )
+        trainer.__class__ = Worse
+        return trainer
+
+    monkeypatch.setattr(session, "leave_result", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make().fit()
+    monkeypatch.undo()
+    (run,) = workspace.runs.list()
+    assert CheckpointStore(run.dir).load_newest().step == 6
+    watch = Watch()
+    resumed = make(resume=run.id, callbacks=[watch]).fit()
+    assert watch.steps == {}
+    assert (resumed.summary["steps"], resumed.summary["model_step"]) == (6, 2)
+
+
+def test_a_writer_that_breaks_too_does_not_hide_what_ended_the_run(
+    train_parts: MakeTrainer, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fails(Trainer):
+        def compute_loss(self, model: Any, batch: Batch) -> Any:
+            if self.state.step == 2:
+                raise ZeroDivisionError("in the loss")
+            return super().compute_loss(model, batch)
+
+    def breaks(*_: Any) -> Any:
+        raise RuntimeError("in the writer")
+
+    monkeypatch.setattr(store, "write_tensors", breaks)
+    trainer = train_parts(checkpoint={"every": 2})
+    trainer.__class__ = Fails
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit()
+    (run,) = workspace.runs.list()
+    assert (run.status, run.error) == ("failed", "ZeroDivisionError: in the loss")
 
 
 class SmallFiles(Callback):

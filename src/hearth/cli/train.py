@@ -118,6 +118,7 @@ def _print_plan(plan: TrainingPlan, *, as_json: bool) -> None:
         ),
         ("dataset", plan.dataset),
         ("rows", f"{plan.num_rows:,} of {plan.sequence_length} tokens; {plan.num_eval_rows:,} held out"),
+        ("too long for a row", f"{plan.num_dropped:,} documents left out, {plan.num_truncated:,} cut off"),
         ("steps", f"{plan.steps:,} of {plan.batch_size} rows (micro-batches of {plan.micro_batch_size})"),
         ("tokens", f"{plan.total_tokens:,} with padding: {plan.epochs:.2f} epochs"),
         ("arithmetic", f"{plan.precision} on {plan.device}, {plan.flops_per_token:.3g} FLOP per token"),

@@ -231,7 +231,7 @@ def _parse_overrides(overrides: Iterable[str]) -> list[tuple[KeyPath, Any]]:
             raise ConfigError(
                 f"command line: {text!r} is not key=value", fix="write it as train.learning_rate=1e-3"
             )
-        found.append((parts, parse_scalar(value)))
+        found.append((parts, parse_scalar(value, f"command line: {key.strip()}")))
     return found
 
 
@@ -270,7 +270,7 @@ def _environment(cls: type[BaseModel], environ: Mapping[str, str]) -> list[tuple
             parts = parts[1:]
         elif parts[0] in _OTHER_SECTIONS:
             continue
-        found.append((variable, parts, parse_scalar(environ[variable])))
+        found.append((variable, parts, parse_scalar(environ[variable], variable)))
     return found
 
 

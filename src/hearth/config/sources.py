@@ -74,14 +74,21 @@ def dump_yaml(value: Any) -> str:
     return text
 
 
-def parse_scalar(text: str) -> Any:
-    """The value that ``text`` has in a YAML file: for the command line and the environment."""
+def parse_scalar(text: str, key: str = "") -> Any:
+    """The value that ``text`` has in a YAML file: for the command line and the environment.
+
+    Raises ConfigError, naming the ``key`` that it was given to.
+    """
+    what = f"{key}: " if key else ""
     try:
         return _Builder().build(yaml.compose(text, Loader=_Loader), ())
     except yaml.YAMLError as error:
-        raise ConfigError(f"{text!r} is not a YAML value: {_problem(error)}") from error
+        raise ConfigError(
+            f"{what}{text!r} is not a YAML value: {_problem(error)}",
+            fix="in a shell, put what holds spaces, braces or brackets into quotes" if key else None,
+        ) from error
     except RecursionError as error:
-        raise ConfigError(f"{text[:40]!r}… is nested too deeply") from error
+        raise ConfigError(f"{what}{text[:40]!r}… is nested too deeply") from error
 
 
 def read_document(path: Path) -> Document:

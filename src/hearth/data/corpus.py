@@ -110,6 +110,15 @@ def _decide(
     return Corpus(decisions, num_bytes, hashes, starts, records, fallback)
 
 
+# What to do about reasons that are no filter of the recipe.
+_FIXES = {
+    "no_answer": "give conversations in which the assistant says something",
+    "control_tokens": "remove the template's control tokens from the messages",
+    "equal_answers": "look at chosen_field and rejected_field of data.sources: both hold the same answer",
+    "prompts_differ": "look at chosen_field and rejected_field of data.sources: both answer one prompt",
+}
+
+
 def _raise_empty(records: list[SourceRecord]) -> None:
     details = []
     for record in records:
@@ -117,10 +126,11 @@ def _raise_empty(records: list[SourceRecord]) -> None:
         lost += [f"{number} as {reason}" for reason, number in sorted(record.bad.items())]
         removed = f"removed {', '.join(lost)}" if lost else "nothing was found"
         details.append(f"{record.path}: {record.files} files, {record.read.documents} documents, {removed}")
-    raise DataError(
-        "the corpus is empty after filtering: " + "; ".join(details),
-        fix="loosen data.filters, or check that the sources hold text",
-    )
+    reasons = {reason for record in records for reason in record.removed}
+    fixes = [_FIXES[reason] for reason in sorted(reasons & _FIXES.keys())]
+    if not fixes or reasons - _FIXES.keys():
+        fixes.append("loosen data.filters, or check that the sources hold text")
+    raise DataError("the corpus is empty after filtering: " + "; ".join(details), fix="; ".join(fixes))
 
 
 def _raise_unsplittable(job: Job, num_groups: int, num_documents: int) -> None:

@@ -39,10 +39,18 @@ class TrainingPlan:
     flops_per_token: float
     memory_bytes: int
     dataset: str
+    num_dropped: int = 0  # documents of the training split that are too long for a row
+    num_truncated: int = 0  # and those that are cut off for it
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values for JSON."""
         return asdict(self)
+
+
+def too_long(rows: Any) -> tuple[int, int]:
+    """How many documents are left out of these rows as they do not fit, and how many are cut off to fit."""
+    counted = getattr(rows, "plan", None) or getattr(rows, "fitting", None)
+    return getattr(counted, "num_dropped", 0), getattr(counted, "num_truncated", 0)
 
 
 def resolve_steps(*, steps: int | None, epochs: float | None, rows: int, batch_size: int) -> int:

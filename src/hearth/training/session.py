@@ -173,6 +173,13 @@ class Session:
             + f", {plan.num_rows} rows of {plan.sequence_length} tokens, {plan.steps} steps of "
             f"{plan.batch_size} rows ({plan.epochs:.2f} epochs), {plan.precision} on {plan.device}"
         )
+        limit = f"too long for data.sequence_length {self.config.data.sequence_length}"
+        if plan.num_dropped:
+            self.progress.warn(
+                f"{plan.num_dropped} documents are left out, {limit}: raise it, or data.truncate"
+            )
+        if plan.num_truncated:
+            self.progress.warn(f"{plan.num_truncated} documents are cut off, {limit}")
 
     def _on_signal(self, name: str) -> None:
         self.trainer.request_stop(name)
@@ -254,6 +261,15 @@ class Session:
             raise ConfigError(
                 f"checkpoint.best_metric {checkpoint.best_metric!r} is not measured",
                 fix=f"use one of {', '.join(sorted(figures))}",
+            )
+            assert self.trainer.run is not None
+            self.trainer.state.last_eval_step = -1  # a resumed run evaluates again
+            self._save(self.trainer.run, last=True)  # the work so far is worth keeping
+            raise ConfigError(
+                f"checkpoint.best_metric {checkpoint.best_metric!r} is not measured; measured are "
+                f"{', '.join(sorted(figures))}",
+                fix=f"go on with: hearth train --resume {self.trainer.run.id} "
+                f"checkpoint.best_metric={min(figures, key=lambda name: name != 'eval_loss')}",
             )
         value, margin = figures[checkpoint.best_metric], self.config.train.early_stopping_min_delta
         if best is None:

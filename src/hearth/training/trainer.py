@@ -36,7 +36,7 @@ from hearth.training.objectives import Losses, make_objective
 from hearth.training.observers import own_callbacks
 from hearth.training.optimizers import state_bytes, trainable_parameters
 from hearth.training.performance import StepClock
-from hearth.training.plan import TrainingPlan, estimate_memory, resolve_steps
+from hearth.training.plan import TrainingPlan, estimate_memory, resolve_steps, too_long
 from hearth.training.precision import autocast, choose_device, choose_precision
 from hearth.training.progress import TrainingProgress
 from hearth.training.samples import Sample
@@ -120,9 +120,7 @@ class Trainer:
         self.objective.check(train_dataset)
         rows = self.objective.rows(train_dataset, "train")
         if rows is None or len(rows) == 0:
-            raise DataError(
-                "the training split has no rows", fix="add documents, or lower data.sequence_length"
-            )
+            raise _no_rows(too_long(rows)[0], self.config.data.sequence_length)
         self.rows = rows
         self.eval_rows = self.objective.rows(eval_dataset, "validation")
         self.dataset_fingerprint = fingerprint_of(train_dataset, rows)
@@ -231,6 +229,8 @@ class Trainer:
                 averaged=self.updates.average is not None,
             ),
             dataset=self.dataset_fingerprint,
+            num_dropped=too_long(self.rows)[0],
+            num_truncated=too_long(self.rows)[1],
         )
 
     def fit(self) -> Run:
@@ -448,6 +448,16 @@ class Trainer:
         finally:
             rng.restore(*before)
         return statistics.median(seconds[1:])
+
+
+def _no_rows(num_dropped: int, sequence_length: int) -> DataError:
+    if num_dropped:
+        return DataError(
+            f"the training split has no rows: all {num_dropped} conversations are longer than "
+            f"data.sequence_length {sequence_length}",
+            fix="raise data.sequence_length, or set data.truncate",
+        )
+    return DataError("the training split has no rows", fix="add documents to data.sources")
 
 
 def measure_step_seconds(

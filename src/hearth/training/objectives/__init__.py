@@ -7,6 +7,7 @@ import importlib
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
+from hearth.config.recipe import TrainSection
 from hearth.errors import ConfigError
 from hearth.training.objectives.base import Losses, Objective
 
@@ -28,6 +29,9 @@ OBJECTIVES = {
     "grpo": "hearth.training.objectives.grpo:GRPO",
     "ppo": "hearth.training.objectives.ppo:PPO",
 }
+# The sections of `train` that only some objectives read.
+_SECTIONS = ("preference", "reinforce", "distill")
+_DEFAULTS = TrainSection.model_validate({})
 
 
 def objective_names() -> list[str]:
@@ -62,8 +66,16 @@ def objective_class(name: str) -> type[Objective]:
 
 
 def make_objective(config: Recipe) -> Objective:
-    """The objective of a recipe, with its settings."""
-    return objective_class(config.train.objective)(config)
+    """The objective of a recipe, with its settings. Raises ConfigError for a section it does not read."""
+    found = objective_class(config.train.objective)
+    reads = _SECTIONS if found.sections is None else found.sections
+    for section in _SECTIONS:
+        if section not in reads and getattr(config.train, section) != getattr(_DEFAULTS, section):
+            raise ConfigError(
+                f"train.{section} is given, but the objective {found.name} does not read it",
+                fix=f"leave train.{section} out, or choose another train.objective",
+            )
+    return found(config)
 
 
 __all__ = ["OBJECTIVES", "Losses", "Objective", "make_objective", "objective_class", "objective_names"]

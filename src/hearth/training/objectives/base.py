@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -56,6 +56,8 @@ class Objective:
     """Reads its settings from the recipe; `loss` is all that a subclass must have."""
 
     name = ""
+    # The sections of `train` for some objectives that this one looks at; None: whatever is given.
+    sections: ClassVar[frozenset[str] | None] = None
     kind = "text"  # the rows it trains on: text (packed rows), preference, feedback or prompts
 
     def __init__(self, config: Recipe) -> None:

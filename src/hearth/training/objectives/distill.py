@@ -37,6 +37,7 @@ class Distillation(Objective):
     """
 
     name = "distill"
+    sections = frozenset({"distill"})
 
     def __init__(self, config: Recipe) -> None:
         super().__init__(config)

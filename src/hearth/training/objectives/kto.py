@@ -62,6 +62,7 @@ class Unpaired:
     def __init__(self, pairs: Rows) -> None:
         self._pairs = pairs
         self.split = getattr(pairs, "split", None)
+        self.fitting = getattr(pairs, "fitting", None)
 
     def __len__(self) -> int:
         return 2 * len(self._pairs)

@@ -54,6 +54,7 @@ class Pairs:
 class PreferenceObjective(Objective):
     """Samples with one or two answers; how they are checked, batched, and compared with a reference."""
 
+    sections = frozenset({"preference"})
     kind = "preference"
     num_parts: ClassVar[int] = 2
     has_reference: ClassVar[bool] = False

@@ -16,6 +16,7 @@ class Pretrain(Objective):
     """Next-token prediction. Chat data trains on every turn here: its mask is lifted."""
 
     name = "pretrain"
+    sections = frozenset()
 
     def prepare(self, batch: Batch) -> Batch:
         """Fill in labels that a chat mask has taken out: the next input of the same document."""

@@ -49,6 +49,7 @@ _COMMON = (
 class ReinforceObjective(Objective):
     """Draws answers, has them judged, and leaves to a subclass what to learn from the rewards."""
 
+    sections = frozenset({"reinforce"})
     kind = "prompts"
     reads: ClassVar[frozenset[str]] = frozenset()  # the keys of train.reinforce that it looks at, besides
 

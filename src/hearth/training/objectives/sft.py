@@ -16,6 +16,7 @@ class SupervisedFineTuning(Objective):
     """Next-token prediction where the data's loss mask allows it."""
 
     name = "sft"
+    sections = frozenset()
 
     def check(self, dataset: Any) -> None:
         """Refuse a dataset of plain documents: without a mask this would silently be pretraining."""
