@@ -105,6 +105,18 @@ def test_one_that_raises_is_said_once_and_counted(facts: RunFacts, monkeypatch: 
     assert "5 of 6 events did not arrive" in said[1]
 
 
+def test_no_password_of_a_server_is_said_or_recorded(facts: RunFacts) -> None:
+    def fail(_what: str) -> None:
+        raise ConnectionError("no answer from http://me:s3cret@host:5000/api and mysql://you:pw@db/x")
+
+    said: list[str] = []
+    channel = Channel(Recorder(fail), facts, warn=said.append)
+    channel.offer(point(1))
+    found = close(channel)
+    assert found["error"] == "ConnectionError: no answer from http://host:5000/api and mysql://db/x"
+    assert "s3cret" not in "".join(said)
+
+
 def test_one_that_cannot_start_yet_gets_everything_later(
     facts: RunFacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

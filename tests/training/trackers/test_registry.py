@@ -41,6 +41,11 @@ def test_a_missing_library_is_refused_with_its_extra(name: str, monkeypatch: pyt
             {"experimnt": "x"},
             r"track\.options\.mlflow\.experimnt: unknown key; did you mean experiment",
         ),
+        (
+            "mlflow",
+            {"tracking_uri": "http://me:s3cret@host:5000"},
+            r"^track\.options\.mlflow\.tracking_uri: holds a password, .*set \$MLFLOW_TRACKING_URI instead$",
+        ),
         ("wandb", {"mode": "onlin"}, r"track\.options\.wandb\.mode: 'onlin' is not allowed"),
         ("comet", {"project": 3}, r"track\.options\.comet\.project: 3 is not text"),
     ],

@@ -7,6 +7,7 @@ never stops a run, and a run's end waits for it only so long.
 from __future__ import annotations
 
 import functools
+import re
 import threading
 import time
 from collections import deque
@@ -20,6 +21,8 @@ CAPACITY = 10_000  # events that may wait
 _BATCH = 500
 # After a failure a tracker is left alone this long, then twice as long, up to the limit.
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+# User and password of an address: libraries quote it in their errors, which end up in the run's record.
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 @dataclass
@@ -144,7 +147,7 @@ class Channel:
         try:
             action()
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a tracker may raise whatever it likes
-            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            text = _CREDENTIALS.sub("", f"{type(error).__name__}: {error}".splitlines()[0])
             with self._changed:
                 self.delivery.lost += num_events
                 first = self.delivery.error is None

@@ -8,8 +8,9 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from hearth.config.section import Section
 from hearth.training.trackers.base import Artifact, EndStatus, Point, RunFacts, Tracker, flatten, numbers
@@ -27,6 +28,16 @@ class MlflowOptions(Section):
         None, description="Default: $MLFLOW_TRACKING_URI, else mlflow.db in the workspace."
     )
     experiment: str = Field("hearth", description="Experiment that gets the run.")
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        if uri is not None and urlsplit(uri).password is not None:
+            raise ValueError(
+                "holds a password, which the recipe would take to the run's record and to every tracker: "
+                "set $MLFLOW_TRACKING_URI instead"
+            )
+        return uri
 
 
 class MlflowTracker(Tracker[MlflowOptions]):
