@@ -16,6 +16,7 @@ from hearth.errors import ConfigError, Interrupted, TrainingError
 from hearth.training import Trainer, rng
 from hearth.training.adapter import add_adapter
 from hearth.training.callbacks import Callback
+from hearth.training.checkpoint import CheckpointStore
 from hearth.training.logprobs import sequence_logprobs
 from hearth.training.reference import PrecomputedReference
 from hearth.training.reference_file import read_tables, write_tables
@@ -154,7 +155,7 @@ def test_the_reference_has_no_dropout_and_takes_no_random_numbers(
 def test_what_is_frozen_of_an_adapter_stays_frozen(
     trainer_of: MakeTrainer, samples: MakeSamples, golden: ModuleType
 ) -> None:
-    """PEFT lets the whole adapter train again after it was off: norm, average, checkpoint had more weights."""
+    """PEFT lets the whole adapter train again after it was off: the average had no such weights."""
     sections = {"model": {"base": "elsewhere", "adapter": LORA}}
     train = {"parameter_groups": [{"match": "*.lora_A.*", "freeze": True}], "ema_decay": 0.9}
     trainer = trainer_of("dpo", samples(4), model=with_adapter(golden), sections=sections, train=train)
@@ -177,17 +178,25 @@ def test_a_resumed_run_reads_its_table_and_gives_the_same_losses(
 ) -> None:
     rows = samples(16, num_parts=1 if objective == "kto" else 2)
     model = golden.make_model(0).float()
-    whole, _ = fit(trainer_of, objective, rows, "precompute", workspace, model=model)
+    whole, straight = fit(trainer_of, objective, rows, "precompute", workspace, model=model)
     start, stopped = fit(trainer_of, objective, rows, "precompute", workspace, model=model, stop_after=3)
     path = stopped.run.dir / "reference.safetensors"
     written = path.stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr("hearth.training.reference.sequence_logprobs", forbidden)
-        rest, _ = fit(
+        rest, resumed = fit(
             trainer_of, objective, rows, "precompute", workspace, model=model, resume=stopped.run.id
         )
     assert start + rest == whole
+    assert last_checkpoint(resumed) == last_checkpoint(straight)
     assert path.stat().st_mtime_ns == written
+
+
+def last_checkpoint(trainer: Trainer) -> dict[str, bytes]:
+    """Weights, moments, counters and random states."""
+    assert trainer.run is not None
+    (newest, *_) = CheckpointStore(trainer.run.dir).list()
+    return {path.name: path.read_bytes() for path in sorted(newest.iterdir())}
 
 
 def forbidden(*_: Any) -> Any:
@@ -247,6 +256,19 @@ def test_a_table_of_other_weights_is_refused(
             trainer_of, "dpo", changed, "precompute", workspace,
             model=golden.make_model(0).float(), resume=run.id,
         )  # fmt: skip
+
+
+def test_a_frozen_copy_of_other_weights_is_refused(
+    trainer_of: MakeTrainer, samples: MakeSamples, golden: ModuleType, workspace: Workspace
+) -> None:
+    rows, first, other = samples(8), golden.make_model(0).float(), golden.make_model(1).float()
+    _, stopped = fit(trainer_of, "dpo", rows, "model", workspace, model=first, stop_after=3)
+    resume = stopped.run.id
+    with pytest.raises(ConfigError, match="the reference is not the model that the run began with"):
+        fit(trainer_of, "dpo", rows, "model", workspace, model=other, resume=resume)
+    losses, _ = fit(trainer_of, "dpo", rows, "model", workspace, model=first, resume=resume)
+    whole, _ = fit(trainer_of, "dpo", rows, "model", workspace, model=first)
+    assert losses == whole[3:]
 
 
 def test_only_the_rows_that_the_run_meets_are_computed_and_more_when_it_goes_on_longer(
