@@ -1,4 +1,4 @@
-"""The arithmetic of the engine benchmark, and a run of it on a tiny model."""
+"""The arithmetic of the benchmarks of the engine and of training, and a run of each on a tiny model."""
 
 from __future__ import annotations
 
@@ -87,13 +87,21 @@ def test_tokens_are_timed_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < answer["first"] <= answer["total"]
 
 
-def test_unknown_rows_and_peers_are_refused() -> None:
-    for option, value in (("--only", "decode,speed"), ("--peers", "sglang")):
-        result = subprocess.run(
-            [sys.executable, "benchmarks/engine.py", option, value], cwd=ROOT, capture_output=True, text=True
-        )
-        assert result.returncode == 2
-        assert "choose from" in result.stderr
+@pytest.mark.parametrize(
+    ("script", "option", "value"),
+    [
+        ("engine", "--only", "decode,speed"),
+        ("engine", "--peers", "sglang"),
+        ("training", "--only", "sft,speed"),
+        ("training", "--peers", "axolotl"),
+    ],
+)
+def test_unknown_rows_and_peers_are_refused(script: str, option: str, value: str) -> None:
+    result = subprocess.run(
+        [sys.executable, f"benchmarks/{script}.py", option, value], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "choose from" in result.stderr
 
 
 @pytest.mark.slow
@@ -113,3 +121,66 @@ def test_the_quick_run_measures_every_row_of_ours() -> None:
         "scheduling, 16 requests",
     ):
         assert wanted in labels
+
+
+@pytest.fixture
+def training_figures(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import trainers.figures
+
+    return trainers.figures
+
+
+def test_the_rate_of_training_leaves_out_the_first_step(training_figures: Any) -> None:
+    # Steps of 2, 1 and 4 seconds after the first: 50, 120 and 20 tokens a second.
+    assert training_figures.tokens_per_second([7.0, 9.0, 10.0, 14.0], [1000, 100, 120, 80]) == 50.0
+
+
+def test_overhead_is_the_median_of_pairs_after_the_first(training_figures: Any) -> None:
+    pairs = [(9.0, 1.0), (2.0, 1.9), (4.0, 2.0), (10.0, 9.9)]
+    assert training_figures.overhead_share(pairs) == pytest.approx(0.05)
+    assert training_figures.overhead_share([(4.0, 3.0)]) == 0.25
+
+
+def test_losses_side_by_side(training_figures: Any) -> None:
+    losses = {"hearth": [2.0, 1.0], "torch": [2.0, 1.01], "trl-default": [1.96, 1.0]}
+    assert training_figures.largest_difference(losses, ours="hearth") == pytest.approx(0.02)
+    assert training_figures.loss_table(losses).splitlines()[-1] == "| 2 | 1.0000 | 1.0100 | 1.0000 |"
+
+
+def test_a_goal_is_a_least_or_a_most(training_figures: Any) -> None:
+    goal = training_figures.Goal
+    goals = [goal("a", 1.5, least=1.5), goal("b", 0.71, most=0.7), goal("c", None, least=1.0)]
+    assert [each.reached for each in goals] == [True, False, False]
+    table = training_figures.goal_table(goals).splitlines()
+    assert table[2:] == ["| a | >= 1.5 | 1.500 | reached |", "| b | <= 0.7 | 0.710 | missed |"]
+
+
+def test_a_step_is_cut_into_nearly_equal_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "peers"))
+    from job import evenly
+
+    assert evenly(range(5), 2) == [[0, 1], [2, 3, 4]]
+
+
+@pytest.mark.slow
+def test_the_quick_run_of_training_measures_every_part_and_the_losses_agree() -> None:
+    command = [sys.executable, "benchmarks/training.py", "--quick", "--json"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(result.stdout)
+    has_gsm8k = (ROOT.parent / "shared/data/gsm8k/train.jsonl.gz").exists()
+    assert found["notes"] == [] if has_gsm8k else "sft is skipped" in found["notes"][0]
+    trained = {"pretrain, 300K": {"hearth", "transformers", "torch"}}
+    if has_gsm8k:
+        trained["sft, 300K"] = {"hearth", "torch"}
+    assert {label: set(row) for label, row in found["tokens/s"].items()} == trained
+    for label, names in trained.items():
+        losses = found["losses"][label]
+        assert set(losses) == names
+        for name in names:
+            assert losses[name] == pytest.approx(losses["hearth"], rel=1e-3)
+    assert set(found["MiB"]["memory, 1M, 8192 entries: peak"]) == {"hearth", "transformers", "torch"}
+    assert set(found["overhead %"]["overhead, 300K"]) == {"beside a bare step", "by the clock of the loop"}
+    saves = found["checkpoint ms"]["checkpoint, 300K"]
+    assert saves["hearth"]["stall"] < saves["hearth"]["seconds"]
+    assert saves["transformers"]["stall"] == saves["transformers"]["seconds"]
