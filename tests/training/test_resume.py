@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
 import resource
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from hearth.errors import ConfigError, IntegrityError, Interrupted, NonFiniteError, StorageError
-from hearth.training import Batch, Callback, Trainer
+from hearth.training import Batch, Callback, Trainer, session
 from hearth.training.checkpoint import CheckpointStore, store
 from hearth.training.nonfinite import skip_or_raise
 from hearth.workspace import Run, Workspace

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hearth.config import recipe_hash, to_dict, to_yaml
-from hearth.errors import ConfigError, HearthError, Interrupted, StorageError
+from hearth.errors import ConfigError, HearthError, Interrupted
 from hearth.models import flops_per_token, num_parameters
 from hearth.training import rng
 from hearth.training.checkpoint import CheckpointSaver, CheckpointStore, Saved
@@ -147,7 +147,7 @@ class Session:
             self.progress = progress
             self._announce(run)
             self.observers.callbacks.start(trainer, run)
-            stopped_early = False
+            stopped_early = self._out_of_patience()  # of a run that was killed once it had stopped
             while trainer.state.step < trainer.total_steps and not stopped_early:
                 result = trainer.train_step(trainer.state.step)
                 stopped_early = self._after_step(run, result)
@@ -225,14 +225,17 @@ class Session:
         every = self.config.checkpoint.every
         if improved or (every and state.step % every == 0):
             self._save(run, best=improved)
-        patience = section.early_stopping_patience
-        if patience and state.evaluations_without_improvement >= patience:
-            self.progress.say(
-                f"stopping early: no improvement over {state.best_metric} (step {state.best_step}) in "
-                f"{patience} evaluations"
-            )
-            return True
-        return False
+        return self._out_of_patience()
+
+    def _out_of_patience(self) -> bool:
+        state, patience = self.trainer.state, self.config.train.early_stopping_patience
+        if not patience or state.evaluations_without_improvement < patience:
+            return False
+        self.progress.say(
+            f"stopping early: no improvement over {state.best_metric} (step {state.best_step}) in "
+            f"{patience} evaluations"
+        )
+        return True
 
     def _evaluate(self) -> bool:
         """Evaluate and record; True when the result is the best so far."""
@@ -242,7 +245,8 @@ class Session:
             figures = trainer.evaluate()
         if not figures:
             return False
-        self._eval_loss = state.last_eval_loss = figures["eval_loss"]
+        self._eval_loss = figures["eval_loss"]
+        state.last_eval_loss = self._eval_loss if math.isfinite(self._eval_loss) else None
         state.last_eval_step = state.step
         self.observers.log_metrics(figures, step=state.step)
         self._figures = figures
@@ -258,10 +262,6 @@ class Session:
     def _is_better(self, figures: Mapping[str, float]) -> bool:
         checkpoint, best = self.config.checkpoint, self.trainer.state.best_metric
         if checkpoint.best_metric not in figures:
-            raise ConfigError(
-                f"checkpoint.best_metric {checkpoint.best_metric!r} is not measured",
-                fix=f"use one of {', '.join(sorted(figures))}",
-            )
             assert self.trainer.run is not None
             self.trainer.state.last_eval_step = -1  # a resumed run evaluates again
             self._save(self.trainer.run, last=True)  # the work so far is worth keeping
@@ -272,7 +272,7 @@ class Session:
                 f"checkpoint.best_metric={min(figures, key=lambda name: name != 'eval_loss')}",
             )
         value, margin = figures[checkpoint.best_metric], self.config.train.early_stopping_min_delta
-        if best is None:
+        if best is None or not math.isfinite(value):
             return math.isfinite(value)
         return value < best - margin if checkpoint.best_mode == "min" else value > best + margin
 
@@ -311,9 +311,9 @@ class Session:
             return
         try:
             self._record_saved(self.saver.wait())
-        except StorageError as failed:
+        except Exception as failed:  # noqa: BLE001 - the run ends with the error that came first
             if failed is not error:
-                self._warn(failed.message)
+                self._warn(_first_line(failed))
 
     def _stop(self, run: Run) -> None:
         trainer = self.trainer
