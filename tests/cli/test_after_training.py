@@ -110,6 +110,7 @@ def test_aliases_that_could_never_be_set_are_refused(
     [
         ("Qwen3ForCausalLM", "pretrain", "text", "hearth generate tiny@1 "),
         ("Qwen3ForCausalLM", "distill", "text", "hearth generate tiny@1 "),
+        ("Qwen3ForCausalLM", "one-of-a-package", "text", "hearth generate tiny@1 "),
         ("Qwen3ForCausalLM", "distill", "chat", "hearth chat tiny@1"),
         ("Qwen3ForCausalLM", "dpo", "preference", "hearth chat tiny@1"),
         (

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hearth.config import Recipe
     from hearth.workspace import Run, Workspace
 
-_CONVERSATIONS = {"chat", "stdlib-chat"}
+_CONVERSATIONS = {"chat", "stdlib-chat", "preference", "feedback", "prompts"}
 
 
 def after_training(run: Run, recipe: Recipe, workspace: Workspace, *, quiet: bool = False) -> dict[str, Any]:
@@ -59,9 +59,9 @@ def how_to_use(model: str, directory: Path, recipe: Mapping[str, Any]) -> str:
     if not _writes_text(directory):
         return f"use it with objective grpo or ppo: train.reinforce.rewards=[{{model: {model}}}]"
     formats = {source["format"] for source in recipe["data"]["sources"]}
-    if recipe["train"]["objective"] in ("pretrain", "distill") and not formats & _CONVERSATIONS:
-        return f"try it: hearth generate {model} 'Once upon a time'"
-    return f"try it: hearth chat {model}"
+    if formats & _CONVERSATIONS or recipe["train"]["objective"] == "sft":
+        return f"try it: hearth chat {model}"
+    return f"try it: hearth generate {model} 'Once upon a time'"
 
 
 def _evaluate(model: str, run: Run, workspace: Workspace, *, quiet: bool) -> dict[str, Any] | None:
