@@ -120,6 +120,30 @@ class Reference:
             yield model
 
 
+class FrozenReference(Reference):
+    """A frozen copy of the starting model, and its hash; part of a checkpoint.
+
+    A checkpoint brings the weights that train, not those that they are compared with: a resumed run whose
+    base has become another one would go on towards other answers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.requires_grad_(False).eval())
+        self._sha256 = weights_hash(model)
+
+    def state_values(self) -> Mapping[str, Any]:
+        """Its hash."""
+        return {"sha256": self._sha256}
+
+    def load_state_values(self, values: Mapping[str, Any], /) -> None:
+        """Raises ConfigError where the run began with other weights."""
+        if values["sha256"] != self._sha256:
+            raise ConfigError(
+                "the reference is not the model that the run began with: its weights differ",
+                fix="resume with the model.base of the run, in the same version, or start a new run",
+            )
+
+
 class PrecomputedReference(Reference):
     """The reference as a table: values by name, an entry for each row; NaN where none was needed."""
 
@@ -164,9 +188,10 @@ def make_reference(trainer: Trainer, tables: Sequence[Table], run_dir: Path | No
 
 
 def frozen_reference(trainer: Trainer) -> Reference:
-    """A copy of the model as it is now."""
-    frozen = copy.deepcopy(trainer.model)
-    return Reference(frozen.requires_grad_(False).eval())
+    """A copy of the model as it is now, which checkpoints recognise from now on."""
+    found = FrozenReference(copy.deepcopy(trainer.model))
+    trainer.stateful["reference"] = found
+    return found
 
 
 def precompute(trainer: Trainer, tables: Sequence[Table], run_dir: Path | None) -> PrecomputedReference:
