@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 _SECONDS_BETWEEN_LINES = 15.0
+_TELLING = ("reward", "accuracy")
 
 
 def format_seconds(seconds: float) -> str:
@@ -55,12 +56,15 @@ class TrainingProgress:
             self._bar.stop()
 
     def step(self, step: int, figures: Mapping[str, float | None]) -> None:
-        """``step`` steps are done; figures: loss, lr, tokens_per_second, mfu, eval_loss."""
+        """``step`` steps are done; figures: loss, lr, tokens_per_second, mfu, eval_loss, reward, accuracy."""
         if not self._enabled:
             return
         done = step - self._first
         left = (time.monotonic() - self._started) / max(1, done) * (self._total - step)
-        parts = [f"loss {figures['loss']:.4f}", f"lr {figures['lr']:.2e}"]
+        parts = [f"loss {figures['loss']:.4f}"]
+        # The loss of a policy hovers around zero, and that of a comparison says little by itself.
+        parts += [f"{name} {figures[name]:.3f}" for name in _TELLING if figures.get(name) is not None]
+        parts.append(f"lr {figures['lr']:.2e}")
         parts.append(f"{figures['tokens_per_second']:,.0f} tok/s")
         if figures.get("mfu") is not None:
             parts.append(f"MFU {figures['mfu']:.1%}")

@@ -73,6 +73,8 @@ class Session:
             except (Interrupted, KeyboardInterrupt) as error:
                 self._settle(error)
                 self._finish(run, "interrupted", self._summary(run), str(error) or "interrupted")
+                if not isinstance(error, Interrupted) and self._last_saved is not None:
+                    self._warn(f"{self._last_saved.name} is saved: hearth train --resume {run.id} goes on")
                 raise
             except BaseException as error:
                 self._settle(error)
