@@ -16,6 +16,7 @@ from hearth.config import Recipe
 from hearth.errors import ConfigError, DataError, Interrupted, NonFiniteError, TrainingError
 from hearth.models import load_model, load_tokenizer
 from hearth.training import Batch, Callback, Trainer, measure_step_seconds
+from hearth.training.batches import fingerprint_of
 from hearth.workspace import Run, Workspace
 
 Make = Callable[..., Any]
@@ -447,6 +448,17 @@ def test_own_model_and_rows(
     assert run.summary["steps"] == 5
     assert run.summary["eval_loss"] is not None
     assert (run.dir / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("what", ["input_ids", "labels"])
+def test_own_rows_are_told_from_others_by_one_in_the_middle(
+    documents: list[list[int]], rows_of: Make, what: str
+) -> None:
+    rows = rows_of(documents)
+    others = list(rows)
+    others[len(rows) // 2] = {**others[len(rows) // 2], what: others[0][what]}
+    assert fingerprint_of(rows, rows) == fingerprint_of(rows_of(documents), rows)
+    assert fingerprint_of(others, others) != fingerprint_of(rows, rows)
 
 
 def test_gpt2_trains_too(train_parts: MakeTrainer) -> None:

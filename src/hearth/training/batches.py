@@ -8,6 +8,7 @@ S sequences.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ from hearth.data.order import row_index
 from hearth.errors import DataError
 
 IGNORE = -100
+# Rows that stand for all where a dataset has no fingerprint of its own.
+_FINGERPRINT_ROWS = 256
 
 
 class Rows(Protocol):
@@ -157,16 +160,18 @@ def as_rows(
 
 
 def fingerprint_of(dataset: Any, rows: Rows) -> str:
-    """The dataset's own fingerprint; for plain rows a hash of their number, the first and the last."""
+    """The dataset's own fingerprint; for plain rows a hash of their number and of evenly spaced ones."""
     own = getattr(dataset, "fingerprint", None)
     if isinstance(own, str):
         return own
     digest = hashlib.sha256(str(len(rows)).encode())
-    for index in {0, len(rows) - 1}:
+    for index in np.unique(np.linspace(0, len(rows) - 1, _FINGERPRINT_ROWS).astype(int)).tolist():
         row = rows[index]
         parts = getattr(row, "parts", None)  # a sample
-        for ids in [_field(row, "input_ids")] if parts is None else [tokens for tokens, _ in parts]:
-            digest.update(np.asarray(ids, dtype="<i8").tobytes())
+        pairs = [(_field(row, "input_ids"), _field(row, "labels"))] if parts is None else parts
+        for values in itertools.chain.from_iterable(pairs):  # tokens, and what counts of them
+            digest.update(np.asarray(values, dtype="<i8").tobytes())
+        digest.update(str(getattr(row, "label", "")).encode())
     return f"rows-{digest.hexdigest()[:32]}"
 
 
