@@ -336,6 +336,27 @@ def test_a_writer_that_breaks_too_does_not_hide_what_ended_the_run(
     assert (run.status, run.error) == ("failed", "ZeroDivisionError: in the loss")
 
 
+def test_the_best_by_another_metric_than_before_is_found_anew(
+    train_parts: MakeTrainer, workspace: Workspace
+) -> None:
+    class Two(Trainer):
+        def evaluate(self) -> dict[str, float]:
+            return {"eval_loss": 3.0 + self.state.step, "eval_accuracy": 0.1 * self.state.step}
+
+    def make(**options: Any) -> Trainer:
+        trainer = train_parts(train={"evaluate_every": 2}, **options)
+        trainer.__class__ = Two
+        return trainer
+
+    with pytest.raises(Interrupted):
+        make(callbacks=[Watch(5)]).fit()
+    (run,) = workspace.runs.list()
+    assert CheckpointStore(run.dir).find("best").step == 2
+    resumed = make(resume=run.id, checkpoint={"best_metric": "eval_accuracy", "best_mode": "max"}).fit()
+    assert CheckpointStore(run.dir).find("best").step == 8
+    assert resumed.summary["best_eval_accuracy"] == pytest.approx(0.8)
+
+
 class SmallFiles(Callback):
     """Once the first checkpoint is there, no file may grow beyond this: the writer is stopped half-way."""
 

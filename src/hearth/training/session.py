@@ -255,14 +255,20 @@ class Session:
         improved = self._is_better(figures)
         if improved:
             state.best_metric, state.best_step = figures[self.config.checkpoint.best_metric], state.step
+            state.best_of = self._best_of
             state.evaluations_without_improvement = 0
         else:
             state.evaluations_without_improvement += 1
         self.observers.callbacks.evaluate(trainer, state.step, figures)
         return improved
 
+    @property
+    def _best_of(self) -> str:
+        return f"{self.config.checkpoint.best_mode} {self.config.checkpoint.best_metric}"
+
     def _is_better(self, figures: Mapping[str, float]) -> bool:
-        checkpoint, best = self.config.checkpoint, self.trainer.state.best_metric
+        checkpoint, state = self.config.checkpoint, self.trainer.state
+        best = state.best_metric if state.best_of == self._best_of else None  # no other metric compares
         if checkpoint.best_metric not in figures:
             assert self.trainer.run is not None
             self.trainer.state.last_eval_step = -1  # a resumed run evaluates again

@@ -60,6 +60,7 @@ class TrainingState(Counters):
     step: int = 0  # optimizer steps done
     num_tokens: int = 0  # tokens of those steps, without padding
     best_metric: float | None = None  # the best value yet of checkpoint.best_metric
+    best_of: str = ""  # which metric that was, and whether less of it is better
     best_step: int = 0
     evaluations_without_improvement: int = 0
     last_eval_loss: float | None = None
