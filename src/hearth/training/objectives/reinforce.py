@@ -2,7 +2,9 @@
 
 A *round* is a batch of rollouts: the prompts of a step, each answered ``num_generations`` times. It serves
 ``iterations`` optimizer steps, and the prompts of round r are the rows of step r. Log-probabilities that a
-ratio is taken of are always the training model's: whatever the engine computes otherwise cannot bias it.
+ratio is taken of are always the training model's. That answers are drawn otherwise, by the engine's
+arithmetic and with ``top_p`` from a nucleus, is not corrected for; ``engine_mismatch`` says how far the
+engine's log-probabilities are from them.
 
 Shape suffixes: B rows, T positions, S answers, N tokens of all answers (in a batch in row order).
 """

@@ -53,9 +53,7 @@ class RolloutSource:
         """``train.reinforce``."""
         return self._trainer.config.train.reinforce
 
-    def draw(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], step: int, *, first: int = 0
-    ) -> list[list[Draw]]:
+    def draw(self, model: nn.Module, prompts: Sequence[Sequence[int]], step: int) -> list[list[Draw]]:
         """``num_generations`` answers to every prompt, by the weights that ``model`` has now.
 
         The same seeds, weights and prompts give the same answers: the engine begins with an empty cache.
@@ -68,7 +66,7 @@ class RolloutSource:
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 n=settings.num_generations,
-                seed=draw_seed(seed, step, first + place),
+                seed=draw_seed(seed, step, place),
                 logprobs=0,
             )
             for place in range(len(prompts))
