@@ -16,7 +16,6 @@ long a step waits for one).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
@@ -69,10 +68,8 @@ class Benchmark:
         self.quick: bool = arguments.quick
         self.rounds: int = 1 if self.quick else arguments.rounds
         self.only: list[str] = arguments.only
-        unwanted = [name for name in PEER_NAMES if self.quick and name.startswith("trl")]
-        self.peers = [
-            name for name in arguments.peers or PEER_NAMES if arguments.peers or name not in unwanted
-        ]
+        everybody = ("transformers", "torch") if self.quick else PEER_NAMES
+        self.peers: list[str] = list(everybody) if arguments.peers is None else arguments.peers
         self.folder = folder
         self.machine = hardware()
         device = choose_device()
@@ -333,7 +330,7 @@ def main() -> None:
         parser.error("--rounds must be at least 1")
     # A plain end would leave the worker behind, and the folder of its job.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
+    with tempfile.TemporaryDirectory() as folder:
         benchmark = Benchmark(arguments, Path(folder))
         benchmark.run()
     stored = write_result(

@@ -164,6 +164,7 @@ def test_a_step_is_cut_into_nearly_equal_parts(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_quick_run_of_training_measures_every_part_and_the_losses_agree() -> None:
     command = [sys.executable, "benchmarks/training.py", "--quick", "--json"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
