@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -90,6 +91,19 @@ def test_a_loss_that_is_not_finite_is_a_result(
     assert "loss nan in step 1" in trials[0].error
     assert "trial 0, diverged" not in sweep_svg("s", sweep.section, trials)
     assert "trial 1, finished" in sweep_svg("s", sweep.section, trials)
+
+
+@pytest.mark.parametrize("metric", ["eval_loss", "best_eval_loss"])
+def test_evaluations_that_are_never_finite_are_a_result(
+    make_sweep: MakeSweep, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, metric: str
+) -> None:
+    def evaluate(self: Trainer) -> dict[str, float]:
+        return {"eval_loss": math.inf if self.config.train.learning_rate > 1e-2 else 1.0}
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    trials = work(make_sweep(**rates(2e-2, 1e-3), metric=metric), workspace)
+    assert [(trial.state, trial.value) for trial in trials] == [("diverged", None), ("finished", 1.0)]
+    assert trials[0].error == f"{metric} is inf"
 
 
 def test_a_trial_whose_recipe_cannot_be_fails_alone(make_sweep: MakeSweep, workspace: Workspace) -> None:

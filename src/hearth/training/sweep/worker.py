@@ -72,11 +72,14 @@ class TrialCallback(Callback):
 
 
 def metric_of(run: Run, metric: str) -> float | None:
-    """The metric of a run that has ended: of its summary, else the last value of the series."""
+    """The metric of a run that has ended: of its summary, else the last value of the series.
+
+    There is no best of evaluations none of which was finite: the last of them says so.
+    """
     value = run.summary.get(metric)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    points = run.metrics(metric)
+    points = run.metrics(metric) or run.metrics(metric.removeprefix("best_"))
     return points[-1].value if points else None
 
 
