@@ -60,6 +60,22 @@ def test_packed_scores_are_those_of_transformers_on_a_padded_batch(
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
+def test_scores_are_not_rounded_to_bfloat16(
+    trainer_of: MakeTrainer, samples: MakeSamples, golden: ModuleType
+) -> None:
+    model = golden.make_model(1, reward=True).float()
+    trainer = trainer_of("reward", samples(8), model=model, train={"precision": "bf16"})
+    trainer.start_objective()
+    batch = trainer.objective.collate(trainer.rows, range(8))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = scores(trainer.model, batch)
+    found.sum().backward()
+    assert found.dtype == trainer.model.score.weight.grad.dtype == torch.float32
+    assert not torch.equal(found, found.bfloat16().float())
+    wanted = scores(model, batch)
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("adapter", [None, {"rank": 4, "alpha": 8}])
 def test_what_is_saved_is_a_plain_directory_that_scores_alike(
     adapter: dict[str, Any] | None,

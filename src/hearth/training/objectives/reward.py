@@ -51,7 +51,9 @@ def scores(model: nn.Module, batch: Batch) -> Tensor:
     ).last_hidden_state
     ends = batch.labels_BT >= 0
     segments = batch.segment_ids_BT[ends]
-    values: Tensor = inner.score(hidden_BTD[ends])[:, 0]
+    # In the head's own type: in bfloat16 two answers that score about 8 would differ by 1/16 or not at all.
+    with torch.autocast(hidden_BTD.device.type, enabled=False):
+        values: Tensor = inner.score(hidden_BTD[ends].to(next(inner.score.parameters()).dtype))[:, 0]
     exact = values if values.dtype == torch.float64 else values.float()
     return exact.new_zeros(len(segments)).index_add(0, segments, exact)
 
