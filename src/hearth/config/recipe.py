@@ -17,6 +17,7 @@ from hearth.config.objectives import (
     PreferenceSection,
     ReinforceSection,
 )
+from hearth.config.parallel import ParallelSection
 from hearth.config.section import (
     Fraction,
     NonNegativeFloat,
@@ -248,12 +249,6 @@ class TrainSection(Section):
         if self.early_stopping_patience and not self.evaluate_every:
             raise ValueError("early_stopping_patience needs evaluate_every")
         return self
-
-
-class ParallelSection(Section):
-    """How the job is spread over processes. One process today; the keys are the contract."""
-
-    data: Literal[1] = Field(1, description="Data-parallel replicas.")
 
 
 class CheckpointSection(Section):
