@@ -338,7 +338,7 @@ class CheckpointStore:
             return checkpoint
         raise IntegrityError(
             f"none of the {len(candidates)} checkpoints in {self.root} verifies",
-            fix=f"bring them back from a copy, or start a new run: hearth train {self.root.parent}/recipe.yaml",
+            fix=f"start a new run with its recipe: hearth train {self.root.parent / 'recipe.yaml'}",
         )
 
 
