@@ -199,7 +199,8 @@ def test_without_a_near_key_the_known_ones_are_listed(recipe_file):
         ("train: {learning_rate: 0}", "train.learning_rate: 0 is not more than 0"),
         ("train: {learning_rate: .inf}", "train.learning_rate: inf is not a finite number"),
         ("train: {learning_rate: .nan}", "train.learning_rate: nan is not a finite number"),
-        ("train: {beta1: 1.5}", "train.beta1: 1.5 is not at most 1"),
+        ("train: {beta2: 1.0}", "train.beta2: 1.0 is not less than 1"),
+        ("data: {validation_fraction: 1.5}", "data.validation_fraction: 1.5 is not at most 1"),
         ("train: {compile: yes}", "train.compile: 'yes' is not true or false"),
         (
             "train: {schedule: cosin}",

@@ -124,6 +124,14 @@ def test_not_a_causal_language_model(model_dir: Path) -> None:
         load_model(model_dir)
 
 
+def test_a_reward_model_writes_no_text(model_dir: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    config["architectures"] = ["Qwen3ForSequenceClassification"]
+    (model_dir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="scores texts and writes none"):
+        load_model(model_dir)
+
+
 def test_no_weights(model_dir: Path) -> None:
     (model_dir / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="has no weights"):

@@ -105,6 +105,14 @@ def test_what_is_too_long_for_a_row_is_told(
     assert "7 documents are left out, too long for data.sequence_length 48" in capsys.readouterr().err
 
 
+def test_evaluations_of_nothing_are_told(
+    train_parts: MakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = {"steps": 2, "evaluate_every": 1, "early_stopping_patience": 1}
+    train_parts(data={"validation_fraction": 0.0}, train=train).fit()
+    assert "nothing is held out" in capsys.readouterr().err
+
+
 def test_a_corpus_that_is_all_too_long_says_what_to_do(train_parts: MakeTrainer, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"all 9 conversations are longer than data\.sequence_length 48"

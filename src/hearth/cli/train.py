@@ -71,6 +71,11 @@ def train(
             return
         if loaded.sweep is not None and resume is None:
             note("the recipe has a sweep section, which one run leaves aside; --sweep runs its trials")
+        if loaded.train.objective in ("grpo", "ppo") and loaded.checkpoint.best_metric == "eval_loss":
+            note(
+                "the loss of a policy says nothing of its answers: checkpoint.best_metric=eval_reward "
+                "checkpoint.best_mode=max keeps the checkpoint with the best ones"
+            )
         # torch and transformers take seconds to load; a recipe that is wrong is refused before that.
         from hearth.training import Trainer
 

@@ -203,8 +203,8 @@ class TrainSection(Section):
     warmup_steps: NonNegativeInt = Field(0, description="Steps of linear warmup.")
     decay_fraction: Fraction = Field(0.2, description="WSD: share of the steps spent in the final decay.")
     weight_decay: NonNegativeFloat = Field(0.1, description="AdamW weight decay on matrices.")
-    beta1: Fraction = Field(0.9, description="AdamW beta1.")
-    beta2: Fraction = Field(0.95, description="AdamW beta2.")
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="AdamW beta1.")
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.95, description="AdamW beta2.")
     epsilon: PositiveFloat = Field(1e-8, description="AdamW epsilon.")
     grad_clip: NonNegativeFloat = Field(1.0, description="Largest gradient norm; 0 does not clip.")
     precision: Literal["auto", "bf16", "fp16", "fp8", "fp32"] = Field(

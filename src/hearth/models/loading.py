@@ -175,6 +175,7 @@ def load_model(
     """
     directory = check_model_directory(path)
     config = load_config(directory)
+    _require_language_model(directory, config)
     torch_dtype = resolve_dtype(dtype)
     files = weight_files(directory)
     for file in files:
@@ -200,6 +201,16 @@ def load_model(
         raise UnsupportedModelError(f"{directory} ({config.model_type}) cannot be opened: {error}") from error
     _check_coverage(directory, config, report)
     return cast(PreTrainedModel, model.to(device).eval())
+
+
+def _require_language_model(directory: Path, config: PreTrainedConfig) -> None:
+    """A reward model with tied embeddings would open, and write what it never learnt to write."""
+    names = [str(name) for name in getattr(config, "architectures", None) or ()]
+    if names and all(name.endswith("ForSequenceClassification") for name in names):
+        raise UnsupportedModelError(
+            f"{directory} is a {names[0]}: it scores texts and writes none",
+            fix="name a language model; in train.reinforce.rewards a reward model is given as `model:`",
+        )
 
 
 def _check_coverage(directory: Path, config: PreTrainedConfig, report: dict[str, Any]) -> None:

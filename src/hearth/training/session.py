@@ -175,6 +175,10 @@ class Session:
             + f", {plan.num_rows} rows of {plan.sequence_length} tokens, {plan.steps} steps of "
             f"{plan.batch_size} rows ({plan.epochs:.2f} epochs), {plan.precision} on {plan.device}"
         )
+        if self.config.train.evaluate_every and not plan.num_eval_rows:
+            self.progress.warn(
+                "nothing is held out, so nothing is evaluated or stops early: see data.validation_fraction"
+            )
         limit = f"too long for data.sequence_length {self.config.data.sequence_length}"
         if plan.num_dropped:
             self.progress.warn(

@@ -439,13 +439,15 @@ class Trainer:
         """Median seconds of an optimizer step, after one to warm up. Runs on a copy; nothing here changes."""
         trial = copy.copy(self)
         trial.model = copy.deepcopy(self.model)
-        trial.total_steps = num_steps + 1  # what an objective prepares for a whole run, it prepares for these
+        if not self._objective_started:
+            trial.total_steps = num_steps + 1  # what an objective prepares for a run, it prepares for these
         trial.updates = Updates(trial.model, self.config.train, precision=self.precision)
         trial.optimizer = trial.updates.optimizer
         trial.clock = StepClock(self.device)
         before = rng.capture()
         try:
-            seconds = [trial.train_step(step).seconds for step in range(num_steps + 1)]
+            steps = [step % trial.total_steps for step in range(num_steps + 1)]
+            seconds = [trial.train_step(step).seconds for step in steps]
         finally:
             rng.restore(*before)
         return statistics.median(seconds[1:])

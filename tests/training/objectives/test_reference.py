@@ -302,6 +302,16 @@ def test_measuring_a_step_computes_little_and_leaves_the_start_to_the_run(
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_measuring_more_steps_than_a_run_that_has_started_has(
+    objective: str, trainer_of: MakeTrainer, samples: MakeSamples
+) -> None:
+    rows = samples(12, num_parts=1 if objective == "kto" else 2)
+    trainer = trainer_of(objective, rows, train={"steps": 1, "batch_size": 4, "micro_batch_size": 4})
+    trainer.start_objective()
+    assert trainer.measure_step_seconds(2) > 0
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_an_automatic_micro_batch_has_its_reference_first(
     objective: str, trainer_of: MakeTrainer, samples: MakeSamples
 ) -> None:

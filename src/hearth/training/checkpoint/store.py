@@ -336,7 +336,10 @@ class CheckpointStore:
             if path is not candidates[0]:
                 self._warn(f"going on from the older checkpoint {path.name}")
             return checkpoint
-        raise IntegrityError(f"none of the {len(candidates)} checkpoints in {self.root} verifies")
+        raise IntegrityError(
+            f"none of the {len(candidates)} checkpoints in {self.root} verifies",
+            fix=f"start a new run with its recipe: hearth train {self.root.parent / 'recipe.yaml'}",
+        )
 
 
 def write_snapshot(
