@@ -1,0 +1,133 @@
+"""Weights, gradients and optimizer state shared over processes: ZeRO by torch's FSDP2, and plain replicas.
+
+Everything goes through one module whose forward pass is the loss of a micro-batch, so that the hooks of both
+see whatever an objective calls: the decoder and the output layer apart, a model twice, a wrapped one.
+
+Gradients are added up over processes, not averaged: the loss was divided by the counts of the whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hearth.config.parallel import ParallelSection
+from hearth.errors import ConfigError
+from hearth.parallel.world import World
+
+
+class LossModule(nn.Module):
+    """A model under the loss that trains it. ``function(model, …)`` returns tensors in dicts or tuples."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        """The loss of a micro-batch."""
+        return self._function(self.model, *inputs)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model, in order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def shard_weights(module: LossModule, world: World, section: ParallelSection) -> None:
+    """ZeRO over the processes of ``shard``, replicated over those of ``data``.
+
+    Stage 3 gathers the weights of a layer when it runs (Rajbhandari et al. 2020, "ZeRO", section 5); 2 keeps
+    them until the step ends; 1 adds up the gradients of all micro-batches before it shares them. The module's
+    weights become DTensors. Raises ConfigError for a model without layers.
+    """
+    assert world.mesh is not None
+    layers = decoder_layers(module)
+    if not layers:
+        raise ConfigError(
+            f"parallel.shard {section.shard}: {type(module.model).__name__} has no decoder layers to share",
+            fix="use a model of transformers, or shard: 1",
+        )
+    names = ("data", "shard") if world.layout.data > 1 else ("shard",)
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if section.reduce == "bf16" else None)
+    settings: dict[str, Any] = {
+        "mesh": world.mesh[names],
+        "reshard_after_forward": section.zero == 3,
+        "mp_policy": exact,
+        "offload_policy": CPUOffloadPolicy() if section.offload == "cpu" else OffloadPolicy(),
+    }
+    for layer in layers:
+        fully_shard(layer, **settings)
+    fully_shard(module, **{**settings, "reshard_after_forward": False})
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+
+
+def replicate(module: LossModule, world: World, section: ParallelSection) -> nn.Module:
+    """Replicas whose gradients are added up while the backward pass goes on (torch's DDP)."""
+    assert world.mesh is not None
+    group = world.mesh.get_group("data")
+    wrapped = DistributedDataParallel(
+        module,
+        process_group=group,
+        # A layer of experts may get no token of a micro-batch.
+        find_unused_parameters=_has_experts(module),
+        gradient_as_bucket_view=True,
+        # Buffers are the same everywhere, and stay so.
+        broadcast_buffers=False,
+    )
+    _reduce_by(wrapped, section, group)
+    return wrapped
+
+
+def _reduce_by(wrapped: DistributedDataParallel, section: ParallelSection, group: Any) -> None:
+    if section.reduce == "powersgd":
+        from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+        state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=4, start_powerSGD_iter=2)
+        size = dist.get_world_size(group)
+
+        def low_rank(state: Any, bucket: Any) -> Any:
+            # torch's hook averages.
+            return powerSGD_hook.powerSGD_hook(state, bucket).then(lambda done: done.value()[0].mul_(size))
+
+        wrapped.register_comm_hook(state, low_rank)
+        return
+    wire = torch.bfloat16 if section.reduce == "bf16" else None
+
+    def add_up(_state: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+        buffer: Tensor = bucket.buffer()
+        sent = buffer if wire is None else buffer.to(wire)
+        work = cast(Any, dist.all_reduce(sent, group=group, async_op=True))
+        return cast("torch.futures.Future[Tensor]", work.get_future().then(
+            lambda done: done.value()[0] if wire is None else buffer.copy_(done.value()[0])
+        ))
+
+    wrapped.register_comm_hook(None, add_up)
+
+
+def synchronize_gradients(module: nn.Module, section: ParallelSection, *, last: bool) -> Any:
+    """A context for a micro-batch: gradients are shared after the last one of a step alone.
+
+    With ZeRO 2 and 3 they are shared after each, which is what keeps their memory small.
+    """
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last or section.zero > 1)
+        if section.zero < 3:
+            module.set_reshard_after_backward(last)
+        module.set_is_last_backward(last)
+    elif isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = last
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return any("Experts" in type(part).__name__ for part in module.modules())

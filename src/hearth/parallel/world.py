@@ -1,0 +1,161 @@
+"""The processes of a job: who they are, and what they tell each other.
+
+A process finds its place in the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+MASTER_PORT). Without them it is alone, and nothing of torch.distributed is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hearth.config.parallel import ParallelSection
+from hearth.errors import ConfigError, TrainingError
+from hearth.parallel.layout import DIMENSIONS, Layout
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Item = TypeVar("Item")
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. ``mesh`` has a dimension for each of `DIMENSIONS`; None for a process alone."""
+
+    layout: Layout
+    device: torch.device
+    rank: int = 0
+    mesh: DeviceMesh | None = None
+
+    @classmethod
+    def alone(cls, device: torch.device) -> World:
+        """One process."""
+        return cls(Layout(), device)
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return self.layout.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that records and speaks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's part of the rows of a step, of equal size for all."""
+        each, rest = divmod(len(items), self.layout.batch_ranks)
+        assert rest == 0, "the batch size was checked to divide"
+        first = self.layout.batch_rank(self.rank) * each
+        return items[first : first + each]
+
+    def sum_over_batch(self, tensor: Tensor) -> Tensor:
+        """Add up, in place, over the processes that train on different rows, or positions, of a step."""
+        if self.mesh is not None:
+            for name in ("data", "shard", "context"):
+                if getattr(self.layout, name) > 1:
+                    dist.all_reduce(tensor, group=self.mesh.get_group(name))
+        return tensor
+
+    def sum_counts(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Counts by name, added up over the processes with different rows; all have the same names."""
+        if self.size == 1 or not counts:
+            return dict(counts)
+        names = sorted(counts)
+        values = torch.tensor([float(counts[name]) for name in names], dtype=torch.float64, device=self.device)
+        return dict(zip(names, self.sum_over_batch(values).tolist(), strict=True))
+
+    def from_main(self, value: Item) -> Item:
+        """What the main process has, in all processes; any picklable value."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Item) -> list[Item]:
+        """The values of all processes, by rank, in all of them."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def require_same(self, facts: Mapping[str, Any]) -> None:
+        """Raise ConfigError, in every process, where processes were started with different things."""
+        everywhere = self.gather(dict(facts))
+        for name, value in everywhere[0].items():
+            others = {rank: found.get(name) for rank, found in enumerate(everywhere) if found.get(name) != value}
+            if others:
+                rank, other = next(iter(others.items()))
+                raise ConfigError(
+                    f"the processes differ in {name}: rank 0 has {value}, rank {rank} has {other}"
+                    + (f", and {len(others) - 1} more differ" if len(others) > 1 else ""),
+                    fix="start all processes from the same code, with the same recipe and overrides",
+                )
+
+
+def is_launched() -> bool:
+    """Whether this process was started as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextlib.contextmanager
+def joined(section: ParallelSection, device: torch.device) -> Iterator[World]:
+    """Join the processes that were started together, and leave them at the end.
+
+    Raises ConfigError when the layout does not fit their number or torchrun's variables are incomplete, and
+    TrainingError when the others do not come within ``section.timeout`` seconds.
+    """
+    if not is_launched():
+        layout = Layout.of(section, 1)
+        yield World(layout, device)
+        return
+    missing = [name for name in _VARIABLES if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set",
+            fix="start the processes with `hearth launch` or torchrun",
+        )
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    layout = Layout.of(section, size)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    _connect(section, device, rank, size)
+    try:
+        yield World(layout, device, rank, _mesh(device, layout))
+    finally:
+        dist.destroy_process_group()
+
+
+def _connect(section: ParallelSection, device: torch.device, rank: int, size: int) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=section.timeout)
+        )
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise TrainingError(
+            f"rank {rank} of {size} did not meet the others at {where} within {section.timeout:g} s: "
+            f"{str(error).splitlines()[0]}",
+            fix="see that every process runs, and that it reaches that address; parallel.timeout says how "
+            "long to wait",
+        ) from error
+
+
+def _mesh(device: torch.device, layout: Layout) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, layout.sizes, mesh_dim_names=DIMENSIONS)
