@@ -1,7 +1,7 @@
 """Weights, gradients and optimizer state shared over processes: ZeRO by torch's FSDP2, and plain replicas.
 
-Everything goes through one module whose forward pass is the loss of a micro-batch, so that the hooks of both
-see whatever an objective calls: the decoder and the output layer apart, a model twice, a wrapped one.
+Everything goes through one module whose forward pass is, for example, the loss of a micro-batch, so that the
+hooks of both see whatever an objective calls: the decoder and the output layer apart, a model twice.
 
 Gradients are added up over processes, not averaged: the loss was divided by the counts of the whole step.
 """
@@ -14,7 +14,13 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -24,16 +30,15 @@ from hearth.parallel.world import World
 
 
 class LossModule(nn.Module):
-    """A model under the loss that trains it. ``function(model, …)`` returns tensors in dicts or tuples."""
+    """A model under whatever is computed with it."""
 
-    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._function = function
 
-    def forward(self, *inputs: Any) -> Any:
-        """The loss of a micro-batch."""
-        return self._function(self.model, *inputs)
+    def forward(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """``function(model, *inputs)``; what has a gradient of it is in tensors, dicts or tuples."""
+        return function(self.model, *inputs)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -61,7 +66,7 @@ def shard_weights(module: LossModule, world: World, section: ParallelSection) ->
         "mesh": world.mesh[names],
         "reshard_after_forward": section.zero == 3,
         "mp_policy": exact,
-        "offload_policy": CPUOffloadPolicy() if section.offload == "cpu" else OffloadPolicy(),
+        "offload_policy": _offload(section, world),
     }
     for layer in layers:
         fully_shard(layer, **settings)
@@ -72,18 +77,25 @@ def shard_weights(module: LossModule, world: World, section: ParallelSection) ->
             part.set_force_sum_reduction_for_comms(True)
 
 
+def _offload(section: ParallelSection, world: World) -> OffloadPolicy:
+    if section.offload != "cpu":
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+
+
 def replicate(module: LossModule, world: World, section: ParallelSection) -> nn.Module:
     """Replicas whose gradients are added up while the backward pass goes on (torch's DDP)."""
     assert world.mesh is not None
     group = world.mesh.get_group("data")
+    # Buffers are the same everywhere and stay so; DDP would send them before every forward pass.
+    buffers = [name for name, _ in module.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
     wrapped = DistributedDataParallel(
         module,
         process_group=group,
         # A layer of experts may get no token of a micro-batch.
         find_unused_parameters=_has_experts(module),
         gradient_as_bucket_view=True,
-        # Buffers are the same everywhere, and stay so.
-        broadcast_buffers=False,
     )
     _reduce_by(wrapped, section, group)
     return wrapped
@@ -95,24 +107,22 @@ def _reduce_by(wrapped: DistributedDataParallel, section: ParallelSection, group
 
         state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=4, start_powerSGD_iter=2)
         size = dist.get_world_size(group)
-
-        def low_rank(state: Any, bucket: Any) -> Any:
-            # torch's hook averages.
-            return powerSGD_hook.powerSGD_hook(state, bucket).then(lambda done: done.value()[0].mul_(size))
-
-        wrapped.register_comm_hook(state, low_rank)
+        # torch's hook averages.
+        wrapped.register_comm_hook(
+            state,
+            lambda state, bucket: powerSGD_hook.powerSGD_hook(state, bucket).then(
+                lambda done: done.value()[0].mul_(size)
+            ),
+        )
         return
     wire = torch.bfloat16 if section.reduce == "bf16" else None
+    wrapped.register_comm_hook(None, lambda _, bucket: _add_up(bucket.buffer(), wire, group))
 
-    def add_up(_state: Any, bucket: Any) -> torch.futures.Future[Tensor]:
-        buffer: Tensor = bucket.buffer()
-        sent = buffer if wire is None else buffer.to(wire)
-        work = cast(Any, dist.all_reduce(sent, group=group, async_op=True))
-        return cast("torch.futures.Future[Tensor]", work.get_future().then(
-            lambda done: done.value()[0] if wire is None else buffer.copy_(done.value()[0])
-        ))
 
-    wrapped.register_comm_hook(None, add_up)
+def _add_up(buffer: Tensor, wire: torch.dtype | None, group: Any) -> Any:
+    sent = buffer if wire is None else buffer.to(wire)
+    future = cast(Any, dist.all_reduce(sent, group=group, async_op=True)).get_future()
+    return future.then(lambda done: buffer if wire is None else buffer.copy_(done.value()[0]))
 
 
 def synchronize_gradients(module: nn.Module, section: ParallelSection, *, last: bool) -> Any:

@@ -72,7 +72,9 @@ class World:
         if self.size == 1 or not counts:
             return dict(counts)
         names = sorted(counts)
-        values = torch.tensor([float(counts[name]) for name in names], dtype=torch.float64, device=self.device)
+        values = torch.tensor(
+            [float(counts[name]) for name in names], dtype=torch.float64, device=self.device
+        )
         return dict(zip(names, self.sum_over_batch(values).tolist(), strict=True))
 
     def from_main(self, value: Item) -> Item:
@@ -95,7 +97,9 @@ class World:
         """Raise ConfigError, in every process, where processes were started with different things."""
         everywhere = self.gather(dict(facts))
         for name, value in everywhere[0].items():
-            others = {rank: found.get(name) for rank, found in enumerate(everywhere) if found.get(name) != value}
+            others = {
+                rank: found.get(name) for rank, found in enumerate(everywhere) if found.get(name) != value
+            }
             if others:
                 rank, other = next(iter(others.items()))
                 raise ConfigError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hearth.errors import TrainingError
+from hearth.parallel.world import World
 from hearth.training.objectives import Losses
 
 
@@ -52,6 +53,28 @@ class LossTotals:
             total[0] = total[0] + (value.detach().double() if isinstance(value, Tensor) else value)
             total[1] = total[1] + count
         return part
+
+    def reduce(self, world: World) -> None:
+        """Add up over the processes that had other rows. All have the same units and metrics."""
+        if world.size == 1:
+            return
+        units, names = sorted(self._sums), sorted(self._metrics)
+        values = [self._sums[unit] for unit in units] + [self._counts[unit] for unit in units]
+        for name in names:
+            values += self._metrics[name]
+        if not values:
+            return
+        stacked = torch.stack(
+            [torch.as_tensor(value, dtype=torch.float64, device=self._device) for value in values]
+        )
+        reduced = list(world.sum_over_batch(stacked))
+        self._sums = dict(zip(units, reduced, strict=False))
+        self._counts = {unit: float(n) for unit, n in zip(units, reduced[len(units) :], strict=False)}
+        pairs = reduced[2 * len(units) :]
+        self._metrics = {
+            name: [total, float(count)]
+            for name, total, count in zip(names, pairs[::2], pairs[1::2], strict=True)
+        }
 
     def correction(self, expected: Mapping[str, float]) -> float:
         """Factor for gradients that were divided too early: a loss of the user's own may count differently.

@@ -9,13 +9,14 @@ data and the learning rate are functions of the step.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from torch import Tensor, nn
 from hearth.config.recipe import Recipe
 from hearth.errors import ConfigError, DataError, TrainingError
 from hearth.models import flops_per_token, num_parameters, peak_flops
+from hearth.parallel.apply import parallelize
+from hearth.parallel.sharding import synchronize_gradients
+from hearth.parallel.world import World
 from hearth.training import rng
 from hearth.training.batches import Batch, fingerprint_of, row_at, step_rows
 from hearth.training.callbacks import Callback
@@ -51,6 +55,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from hearth.workspace import Run, Workspace
+
+
+Result = TypeVar("Result")
+_READ = "tokens read"  # beside the counts of an objective
 
 
 @dataclass
@@ -106,6 +114,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         device: str | torch.device | None = None,
         base_reference: str | None = None,
+        world: World | None = None,
     ) -> None:
         self.config = config or Recipe()
         make_trackers(self.config.track.trackers, self.config.track.options)  # refused before any work
@@ -114,8 +123,10 @@ class Trainer:
         self.workspace = workspace
         self.callbacks = tuple(callbacks)
         self.base_reference = base_reference
-        self.device = choose_device(device)
+        self.device = choose_device(device) if world is None else world.device
+        self.world = world or World.alone(self.device)
         section = self.config.train
+        _require_equal_shares(self.config, self.world)
         self.precision = choose_precision(section.precision, self.device)
         self.objective = make_objective(self.config)
         self.objective.check(train_dataset)
@@ -143,10 +154,11 @@ class Trainer:
         self.model.to(self.device)
         if not trainable_parameters(self.model):
             raise ConfigError("no weight of the model trains", fix="unfreeze some, or add model.adapter")
+        notice = set_up_execution(self.model, section, precision=self.precision, device=self.device)
+        self._module = parallelize(self.model, self.world, self.config.parallel)
         self.updates = Updates(self.model, section, precision=self.precision)
         self.optimizer = self.updates.optimizer
         self.stateful: dict[str, Stateful] = self._stateful()
-        notice = set_up_execution(self.model, section, precision=self.precision, device=self.device)
         if notice is not None:
             TrainingProgress(first_step=0, total_steps=0, enabled=False).warn(notice)
 
@@ -264,7 +276,10 @@ class Trainer:
         self.clock.phase("data")
         self.start_objective()
         batches = self.objective.batches(self, step, self.step_rows(step))
-        expected = add_up(self.objective.counts(batch) for batch in batches)
+        counts = add_up(self.objective.counts(batch) for batch in batches)
+        read = {_READ: float(sum(batch.num_tokens for batch in batches))}
+        expected = self.world.sum_counts(counts | read)
+        num_tokens = int(expected.pop(_READ))
         if not any(expected.values()):
             raise TrainingError(
                 f"no token counts in step {step + 1}: every label of its rows is masked",
@@ -282,7 +297,6 @@ class Trainer:
         if not skipped:
             self.updates.apply(lr, norm)
         self.optimizer.zero_grad(set_to_none=True)
-        num_tokens = sum(batch.num_tokens for batch in batches)
         seconds = time.perf_counter() - started
         self.clock.step_done(num_tokens)
         return StepResult(loss, grad_norm, lr, num_tokens, seconds, metrics, skipped)
@@ -292,20 +306,39 @@ class Trainer:
     ) -> tuple[Tensor, dict[str, float]]:
         """Add up the gradients of the loss of the step; the loss itself, and the means of its metrics."""
         found = LossTotals(self.device)
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            synchronize_gradients(self._module, self.config.parallel, last=number == len(batches))
             self.clock.phase("data")
             moved = batch.to(self.device)
             self.clock.phase("forward")
-            with autocast(self.precision, self.device):
-                losses = as_losses(self.compute_loss(self.model, moved))
+            losses = self._losses(moved)
             part = found.add(losses, expected)
             self.clock.phase("backward")
             if part.requires_grad:
                 self.updates.backward(part)
+        found.reduce(self.world)
         factor = found.correction(expected)
         if factor != 1.0:
             scale(self.updates.gradients(), factor)
         return found.mean(), found.metric_means()
+
+    def _losses(self, batch: Batch) -> Losses:
+        """The loss of a micro-batch that is on the device."""
+
+        def losses_of(model: nn.Module) -> tuple[dict[str, Tensor], Losses]:
+            losses = as_losses(self.compute_loss(model, batch))
+            return dict(losses.sums), losses
+
+        with autocast(self.precision, self.device):
+            sums, losses = self.run_model(losses_of)
+        return dataclasses.replace(losses, sums=sums)
+
+    def run_model(self, function: Callable[..., Result], *inputs: Any) -> Result:
+        """``function(model, *inputs)``. Whatever runs the model must go through here: it may be spread over
+        processes, all of which must do the same then.
+        """
+        result: Result = self._module(function, *inputs)
+        return result
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0."""
@@ -365,8 +398,8 @@ class Trainer:
         self.model.eval()
         with torch.no_grad(), self.updates.averaged():
             for batch in self.objective.evaluation_batches(self, self.eval_rows, rows):
-                with autocast(self.precision, self.device):
-                    found.add(as_losses(self.compute_loss(self.model, batch.to(self.device))))
+                found.add(self._losses(batch.to(self.device)))
+        found.reduce(self.world)
         self.model.train()
         if not found.any:
             return {}
@@ -451,6 +484,17 @@ class Trainer:
         finally:
             rng.restore(*before)
         return statistics.median(seconds[1:])
+
+
+def _require_equal_shares(config: Recipe, world: World) -> None:
+    section, shares = config.train, world.layout.batch_ranks
+    size = 1 if section.micro_batch_size == "auto" else section.micro_batch_size
+    if section.batch_size % (shares * size):
+        raise ConfigError(
+            f"train.batch_size {section.batch_size} cannot be shared by {shares} processes in micro-batches "
+            f"of {size}",
+            fix=f"use a batch_size that is a multiple of {shares * size}, or another micro_batch_size",
+        )
 
 
 def _no_rows(num_dropped: int, sequence_length: int) -> DataError:

@@ -94,11 +94,12 @@ class Objective:
         return model
 
     def batches(self, trainer: Trainer, step: int, indices: Sequence[int]) -> list[Batch]:  # noqa: ARG002
-        """The micro-batches of an optimizer step over these rows, on the CPU.
+        """The micro-batches of an optimizer step over these rows, on the CPU: those of this process.
 
-        Overridden where something must be known of the whole step first, such as rollouts.
+        ``indices`` are the rows of all processes. Overridden where something must be known of the whole step
+        first, such as rollouts.
         """
-        return list(self.micro_batches(trainer, trainer.rows, indices))
+        return list(self.micro_batches(trainer, trainer.rows, trainer.world.share(indices)))
 
     def evaluation_batches(self, trainer: Trainer, rows: Rows, indices: Sequence[int]) -> Iterable[Batch]:
         """The micro-batches of an evaluation over these held-out rows, on the CPU."""

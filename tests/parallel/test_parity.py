@@ -1,0 +1,73 @@
+"""However a model is spread over processes, it learns the same: against one process, in float64.
+
+float32 would hide wrong gradients: a missing sum over a group may be 1e-5 off at first.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "attn_implementation": "sdpa",
+}
+STEPS = 5
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ddp2": (2, {"data": 2}),
+    "zero1": (2, {"shard": 2, "zero": 1}),
+    "zero2": (2, {"shard": 2, "zero": 2}),
+    "fsdp2": (2, {"shard": 2}),
+    "hsdp": (4, {"data": 2, "shard": 2}),
+    "offload": (2, {"shard": 2, "offload": "cpu"}),
+}
+
+
+def recipe_of(parallel: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "parallel": parallel,
+        "data": {"sequence_length": 24},
+        "model": {"context_length": 64},
+        "train": {
+            "steps": STEPS,
+            "batch_size": 16,
+            "micro_batch_size": 2,
+            "learning_rate": 1e-2,
+            "precision": "fp32",
+            "grad_clip": 0.5,
+        },
+    }
+
+
+def train(
+    launch: Any, tmp_path: Path, name: str, num: int, parallel: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    settings, out = tmp_path / f"{name}.json", tmp_path / f"{name}.safetensors"
+    settings.write_text(json.dumps({"recipe": recipe_of(parallel), "model": QWEN3, "steps": STEPS}))
+    launch("parity", num, [str(settings), str(out)])
+    return load_file(out)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_as_one_process(launch: Any, tmp_path: Path, name: str) -> None:
+    num, parallel = LAYOUTS[name]
+    expected = train(launch, tmp_path, "one", 1, {})
+    found = train(launch, tmp_path, name, num, parallel)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(
+            found[key], value, rtol=1e-9, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}"
+        )
