@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from hearth.serving.lifeline import die_with_parent, event_channel
 from hearth.serving.servers import make_server
+from hearth.workspace.lifeline import die_with_parent, event_channel
 
 cancelled: list[str] = []
 engine = {"status": "ok"}

@@ -24,8 +24,8 @@ import psutil
 from hearth import errors
 from hearth.errors import HearthError, ServingError
 from hearth.serving.gateway.policy import RestartPolicy
-from hearth.serving.lifeline import kill_group
 from hearth.telemetry import logs
+from hearth.workspace.lifeline import kill_group
 
 log = logs.get_logger("supervisor")
 State = Literal["starting", "ready", "waiting", "asleep", "failed", "stopped"]
@@ -173,7 +173,7 @@ class Worker:
         ]
         self._process = await asyncio.create_subprocess_exec(
             *command,
-            stdin=asyncio.subprocess.PIPE,  # the lifeline; see hearth.serving.lifeline
+            stdin=asyncio.subprocess.PIPE,  # the lifeline; see hearth.workspace.lifeline
             stdout=asyncio.subprocess.PIPE,
             limit=_EVENT_LIMIT,
             start_new_session=True,

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hearth.errors import HearthError
-from hearth.serving.lifeline import die_with_parent, event_channel
 from hearth.telemetry import logs
+from hearth.workspace.lifeline import die_with_parent, event_channel
 
 if TYPE_CHECKING:
     from hearth.engine import AsyncEngine
