@@ -120,6 +120,11 @@ def test_resume_without_a_recipe_uses_that_of_the_run(
     run = json.loads(capsys.readouterr().out)["run"]
     assert call("--resume", run, "train.steps=9", "--json") == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 9
+    # What was changed stays changed: the command that a stopped run prints has no overrides.
+    assert call("--resume", run, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 9
+    stored = yaml.safe_load((workspace_dir / "runs" / run / "recipe.yaml").read_text())
+    assert stored["train"]["steps"] == 9
 
 
 def test_a_dataset_prepared_under_a_name_is_found_by_it(

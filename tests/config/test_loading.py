@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hearth.config import Recipe, load_recipe, recipe_hash, to_dict, to_yaml
+from hearth.config.problems import OTHER_NAMES, keys_of
 from hearth.errors import ConfigError
 
 
@@ -173,6 +174,10 @@ def test_an_unknown_key_is_told_the_nearest_one(recipe_file):
         ("data: {sources: [{pth: x, path: y}]}", "data.sources[0].path"),
         ("data: {filters: {min_char: 1}}", "data.filters.min_chars"),
         ("register_: {name: x}", "register"),
+        ("train: {lr: 1e-3}", "train.learning_rate"),
+        ("train: {per_device_train_batch_size: 4}", "train.micro_batch_size"),
+        ("model: {base: x, adapter: {lora_alpha: 3}}", "model.adapter.alpha"),
+        ("max_seq_length: 512", "data.sequence_length"),
     ],
 )
 def test_suggestions(recipe_file, text, meant):
@@ -373,3 +378,9 @@ def test_what_is_printed_loads_back(tmp_path_factory, train, tags):
 def test_a_recipe_loads_itself(recipe_file, monkeypatch):
     monkeypatch.delenv("HEARTH_TRAIN__STEPS", raising=False)
     assert Recipe.load(recipe_file("train: {steps: 7}\n")).train.steps == 7
+
+
+def test_what_others_call_our_keys_is_none_of_ours_and_leads_to_one_of_them():
+    names = {path[-1] for path in keys_of(Recipe)}
+    assert not OTHER_NAMES.keys() & names
+    assert set(OTHER_NAMES.values()) <= names

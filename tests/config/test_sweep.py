@@ -80,6 +80,7 @@ def test_sweeps_that_cannot_be(tmp_path: Path, text: str, match: str) -> None:
     [
         ("train.learning_rat", [1.0], r"has no such key; did you mean train\.learning_rate\?"),
         ("learning_rate", [1.0], r"did you mean train\.learning_rate\?"),
+        ("train.lr", [1.0], r"did you mean train\.learning_rate\?"),
         ("train", [1.0], "has no such key"),
         ("track.name", ["x"], "track is the same for all trials"),
         ("register.name", ["x"], "register is the same for all trials"),

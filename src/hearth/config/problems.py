@@ -130,13 +130,33 @@ def keys_of(cls: type[BaseModel], path: tuple[str, ...] = ()) -> list[tuple[str,
     return found
 
 
+# What other trainers call some of our keys.
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "max_steps": "steps",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "max_grad_norm": "grad_clip",
+    "eval_steps": "evaluate_every",
+    "max_seq_length": "sequence_length",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "report_to": "trackers",
+}
+
+
 def _nearest(cls: type[BaseModel], key: tuple[str, ...]) -> str | None:
     """The known key that an unknown one most likely means: a sibling, or one that stands elsewhere."""
     plain = tuple(part for part in key if not part.isdigit())
     parent = plain[:-1]
     keys = keys_of(cls)
     # The very name in another section; else a sibling; else a name elsewhere that is nearly it.
-    same = [k for k in keys if k[-1] == plain[-1]]
+    name = OTHER_NAMES.get(plain[-1], plain[-1])
+    same = [k for k in keys if k[-1] == name]
     if same:
         return ".".join(same[0])
     siblings = [k[-1] for k in keys if k[:-1] == parent]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from hearth.config.problems import describe, keys_of, section_of
+from hearth.config.problems import OTHER_NAMES, describe, keys_of, section_of
 from hearth.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
 from hearth.errors import ConfigError
 
@@ -180,7 +180,8 @@ def _check_key(key: str) -> None:
     if parts in leaves or any(path == parts[: len(path)] and _is_free(path) for path in leaves):
         return
     dotted = {".".join(path): path for path in leaves}
-    close = difflib.get_close_matches(key, dotted, n=1, cutoff=0.6)
+    key_here = ".".join([*parts[:-1], OTHER_NAMES.get(parts[-1], parts[-1])])
+    close = [key_here] if key_here in dotted else difflib.get_close_matches(key, dotted, n=1, cutoff=0.6)
     if not close:
         last = difflib.get_close_matches(parts[-1], [path[-1] for path in leaves], n=1, cutoff=0.6)
         close = [name for name, path in dotted.items() if last and path[-1] == last[0]][:1]

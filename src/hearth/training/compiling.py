@@ -37,6 +37,8 @@ def compile_blocks(model: nn.Module, device: torch.device, *, checkpointing: str
         )
     reason = why_no_compiler(device.type)
     if reason is None:
+        # Of our table of 4-bit values, which is the same at every call.
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
         for layer in layers:
             layer.compile()
     return reason

@@ -23,6 +23,7 @@ from hearth.training.progress import TrainingProgress
 from hearth.training.result import generation_config_of, leave_result
 from hearth.training.signals import StopSignals
 from hearth.training.trackers.base import EndStatus
+from hearth.workspace.artifacts import write_atomically
 
 if TYPE_CHECKING:
     from hearth.training.trainer import StepResult, Trainer
@@ -109,8 +110,9 @@ class Session:
             if trainer._resume is not None:
                 self._load(run)
             else:
-                (run.dir / "recipe.yaml").write_text(to_yaml(config), encoding="utf-8")
                 rng.seed_everything(config.train.seed + _RUN_SEED_OFFSET)
+            # Also of a resumed run: the command that goes on must go on with what was changed then.
+            write_atomically(run.dir / "recipe.yaml", to_yaml(config))
             workspace.lineage.add(f"dataset:{trainer.dataset_fingerprint}", f"run:{run.id}", "trained")
             self.observers = Observers(trainer, run, workspace, warn=self._warn)
         except BaseException as error:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,3 +261,31 @@ def test_a_server_that_cannot_be_reached(
     assert delivery[name]["lost"] == 100
     assert 1 <= len(said) <= 2
     assert len(run.metrics("loss")) == 100
+
+
+LONELY = """
+import time
+from hearth.config import Recipe
+from hearth.training.trackers import Tracking, make_trackers, run_facts
+from hearth.workspace import Workspace
+
+with Workspace.open() as workspace:
+    run = workspace.runs.create("train", name="lonely")
+    facts = run_facts(run, Recipe(), workspace=workspace.root, first_step=0, resumed=False)
+    tracking = Tracking(run, make_trackers(["wandb"]), facts, warn=lambda _text: None, finish_seconds=3)
+    tracking.log_metrics({"loss": 1.0}, step=1)
+    time.sleep(1)
+    tracking.finish("finished", {}, None)
+    run.finish("finished")
+print(time.time())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_although_the_server_of_wandb_cannot_be_reached(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="needs hearth-lm[wandb]")
+    server = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_MODE": "online"}
+    environment = {**os.environ, **server, "HEARTH_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", LONELY], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.time() - float(done.stdout.splitlines()[-1]) < 45  # W&B alone: 95

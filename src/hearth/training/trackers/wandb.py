@@ -14,6 +14,8 @@ from pydantic import Field
 from hearth.config.section import Section
 from hearth.training.trackers.base import Artifact, EndStatus, Point, RunFacts, Tracker, numbers
 
+_INIT_SECONDS = 15.0
+
 
 class WandbOptions(Section):
     """``track.options.wandb``."""
@@ -53,6 +55,8 @@ class WandbTracker(Tracker[WandbOptions]):
             disable_code=True,
             silent=True,
             x_disable_stats=True,  # Hearth samples the system itself
+            # W&B would try for 90 seconds, and a process could not end meanwhile; the channel tries again.
+            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or _INIT_SECONDS),
         )
         self._run: Any = wandb.init(
             project=self.options.project,
