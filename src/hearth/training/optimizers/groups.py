@@ -102,12 +102,15 @@ def _input_and_output(model: nn.Module) -> Iterable[Tensor]:
 
 
 def param_groups(model: nn.Module, settings: dict[str, Settings]) -> list[dict[str, Any]]:
-    """Groups as torch.optim takes them, one for each combination of settings, in the order of the weights."""
+    """Groups as torch.optim takes them, one for each combination of settings, in the order of the weights.
+
+    Weights that are spread over different meshes are in different groups: fused kernels take them apart.
+    """
     weights = trainable_parameters(model)
-    groups: dict[Settings, dict[str, Any]] = {}
+    groups: dict[tuple[Settings, int], dict[str, Any]] = {}
     for name, chosen in settings.items():
         group = groups.setdefault(
-            chosen,
+            (chosen, id(getattr(weights[name], "device_mesh", None))),
             {
                 "params": [],
                 "weight_decay": chosen.weight_decay,
