@@ -35,6 +35,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tensor": 2}),
     "ddp2-tp2": (4, {"data": 2, "tensor": 2}),
     "fsdp2-tp2": (4, {"shard": 2, "tensor": 2}),
+    "pp2-1f1b": (2, {"pipeline": 2}),
+    "pp2-interleaved": (2, {"pipeline": 2, "schedule": "interleaved", "stages": 2}),
+    "pp2-zero-bubble": (2, {"pipeline": 2, "schedule": "zero_bubble", "stages": 2}),
+    "fsdp2-pp2": (4, {"shard": 2, "pipeline": 2}),
+    "ddp2-pp2": (4, {"data": 2, "pipeline": 2}),
+    "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
     "offload": (2, {"shard": 2, "offload": "cpu"}),
 }
 

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 
 from hearth.config.parallel import ParallelSection
+from hearth.parallel.pipeline import Pipeline, make_stages
 from hearth.parallel.sharding import LossModule, replicate, shard_weights
 from hearth.parallel.tensor import apply_tensor_parallel
 from hearth.parallel.world import World
 
 
-def parallelize(model: nn.Module, world: World, section: ParallelSection) -> nn.Module:
-    """The module to call instead of ``model``: ``module(function, *inputs)`` is ``function(model, *inputs)``.
+@dataclass(frozen=True)
+class Parallelized:
+    """What to call instead of the model.
 
-    The model stays what it is, with the names of its weights, which may become DTensors. Build the optimizer
-    afterwards.
+    ``module(function, *inputs)`` is ``function(model, *inputs)``; None in a pipeline, where no process has
+    the model, and ``pipeline`` runs the micro-batches of a step.
     """
-    if world.layout.tensor > 1:
-        apply_tensor_parallel(model, world)
-    module = LossModule(model)
+
+    module: nn.Module | None
+    pipeline: Pipeline | None = None
+
+
+def parallelize(model: nn.Module, world: World, section: ParallelSection) -> Parallelized:
+    """Spread ``model``. It stays what it is, with the names of its weights, which may become DTensors.
+
+    Build the optimizer afterwards. Raises ConfigError for what cannot be combined or does not divide.
+    """
     layout = world.layout
-    # DDP takes no weights that are cut; a mesh of which one dimension is 1 is how FSDP2 replicates.
-    if layout.shard > 1 or section.offload == "cpu" or (layout.data > 1 and layout.tensor > 1):
+    if layout.tensor > 1:
+        apply_tensor_parallel(model, world)
+    # DDP takes neither weights that are cut nor stages; a mesh of which one dimension is 1 is how FSDP2
+    # replicates.
+    sharded = layout.shard > 1 or section.offload == "cpu"
+    sharded = sharded or (layout.data > 1 and (layout.tensor > 1 or layout.pipeline > 1))
+    if layout.pipeline > 1:
+        stages = make_stages(model, world, section)
+        for stage in stages if sharded else ():
+            shard_weights(stage, world, section)
+        return Parallelized(None, Pipeline(stages, world, section))
+    module = LossModule(model)
+    if sharded:
         shard_weights(module, world, section)
     elif layout.data > 1:
-        return replicate(module, world, section)
-    return module
+        return Parallelized(replicate(module, world, section))
+    return Parallelized(module)

@@ -46,7 +46,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def shard_weights(module: LossModule, world: World, section: ParallelSection) -> None:
+def shard_weights(module: nn.Module, world: World, section: ParallelSection) -> None:
     """ZeRO over the processes of ``shard``, replicated over those of ``data``.
 
     Stage 3 gathers the weights of a layer when it runs (Rajbhandari et al. 2020, "ZeRO", section 5); 2 keeps
@@ -57,7 +57,7 @@ def shard_weights(module: LossModule, world: World, section: ParallelSection) ->
     layers = decoder_layers(module)
     if not layers:
         raise ConfigError(
-            f"parallel.shard {section.shard}: {type(module.model).__name__} has no decoder layers to share",
+            f"parallel.shard {section.shard}: this model has no decoder layers to share",
             fix="use a model of transformers, or shard: 1",
         )
     names = ("data", "shard") if world.layout.data > 1 else ("shard",)

@@ -67,6 +67,15 @@ class World:
                     dist.all_reduce(tensor, group=self.mesh.get_group(name))
         return tensor
 
+    def whole_norm(self, norm: Tensor) -> Tensor:
+        """The norm over all stages of a pipeline, from that of the stages of this process."""
+        if self.layout.pipeline == 1:
+            return norm
+        assert self.mesh is not None
+        square = norm.double().square()
+        dist.all_reduce(square, group=self.mesh.get_group("pipeline"))
+        return square.sqrt()
+
     def sum_counts(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Counts by name, added up over the processes with different rows; all have the same names."""
         if self.size == 1 or not counts:

@@ -8,7 +8,10 @@ Shape suffixes: B rows, T positions, D hidden size, V vocabulary, N valid positi
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -23,7 +26,20 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 _PARTS_OF_A_CHUNK = 4
 _VOCAB_SLICE = 8192
 
+# Whether the backward pass of a loss may be asked for twice, as schedules without bubbles do.
+_KEEP_GRADIENTS: ContextVar[bool] = ContextVar("keep_gradients", default=False)
+
 _heads: weakref.WeakKeyDictionary[nn.Module, tuple[nn.Module, nn.Linear] | None] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def kept_gradients(keep: bool) -> Iterator[None]:
+    """Losses that are made within can be differentiated more than once, for the memory of the output layer."""
+    token = _KEEP_GRADIENTS.set(keep)
+    try:
+        yield
+    finally:
+        _KEEP_GRADIENTS.reset(token)
 
 
 def chunk_rows(device: torch.device, num_rows: int, vocab_size: int) -> int:
@@ -69,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden[start : start + chunk] = logits @ weight
             if grad_weight is not None:
                 add_product(grad_weight, logits, h)
-        ctx.gradients = grad_hidden, grad_weight
+        ctx.gradients, ctx.kept = (grad_hidden, grad_weight), _KEEP_GRADIENTS.get()
         ctx.weight_dtype = weight_VD.dtype
         return total
 
@@ -77,11 +93,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
         assert ctx.gradients is not None, "the gradients of this loss were taken already"
         grad_hidden, grad_weight = ctx.gradients
-        # Scaled in place: a copy would be as large as the weight, at the peak of the step's memory.
-        ctx.gradients = None
-        for gradient in (grad_hidden, grad_weight):
-            if gradient is not None:
-                gradient.mul_(grads[0])
+        if ctx.kept:
+            grad_hidden, grad_weight = (None if g is None else g * grads[0] for g in ctx.gradients)
+        else:
+            # Scaled in place: a copy would be as large as the weight, at the peak of the step's memory.
+            ctx.gradients = None
+            for gradient in (grad_hidden, grad_weight):
+                if gradient is not None:
+                    gradient.mul_(grads[0])
         return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.weight_dtype), None, None
 
 
@@ -138,6 +157,17 @@ def split_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
     if model not in _heads:
         _heads[model] = _probe_head(model)
     return _heads[model]
+
+
+def use_split_of(whole: nn.Module, stage: nn.Module) -> None:
+    """What was found for a model holds for the last stage of a pipeline that was made of it."""
+    if stage not in _heads:
+        _heads[stage] = None if split_head(whole) is None else (unwrap(stage).base_model, _head_of(stage))
+
+
+def _head_of(model: nn.Module) -> nn.Linear:
+    head: nn.Linear = unwrap(model).get_output_embeddings()
+    return head
 
 
 def _probe_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:

@@ -25,6 +25,7 @@ from hearth.config.recipe import Recipe
 from hearth.errors import ConfigError, DataError, TrainingError
 from hearth.models import flops_per_token, num_parameters, peak_flops
 from hearth.parallel.apply import parallelize
+from hearth.parallel.pipeline import Inputs, Pipeline
 from hearth.parallel.sharding import synchronize_gradients
 from hearth.parallel.world import World
 from hearth.training import rng
@@ -34,6 +35,7 @@ from hearth.training.checkpoint import Checkpoint, Contents, Counters, Stateful,
 from hearth.training.clipping import scale
 from hearth.training.execution import set_up_execution
 from hearth.training.identity import Identity, identity_of
+from hearth.training.loss import kept_gradients, use_split_of
 from hearth.training.micro_batch import choose_micro_batch
 from hearth.training.nonfinite import skip_or_raise
 from hearth.training.objectives import Losses, make_objective
@@ -155,7 +157,7 @@ class Trainer:
         if not trainable_parameters(self.model):
             raise ConfigError("no weight of the model trains", fix="unfreeze some, or add model.adapter")
         notice = set_up_execution(self.model, section, precision=self.precision, device=self.device)
-        self._module = parallelize(self.model, self.world, self.config.parallel)
+        self._parallel = parallelize(self.model, self.world, self.config.parallel)
         self.updates = Updates(self.model, section, precision=self.precision)
         self.optimizer = self.updates.optimizer
         self.stateful: dict[str, Stateful] = self._stateful()
@@ -289,7 +291,7 @@ class Trainer:
         self.model.train()
         total, metrics = self._accumulate(batches, expected)
         self.clock.phase("optimizer")
-        norm = self.updates.norm()
+        norm = self.world.whole_norm(self.updates.norm())
         loss, grad_norm = torch.stack([total, norm.to(total.device)]).tolist()
         skipped = self.updates.overflow(loss, grad_norm)
         if not skipped and not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -306,8 +308,11 @@ class Trainer:
     ) -> tuple[Tensor, dict[str, float]]:
         """Add up the gradients of the loss of the step; the loss itself, and the means of its metrics."""
         found = LossTotals(self.device)
+        if self._parallel.pipeline is not None:
+            found = self._through_pipeline(self._parallel.pipeline, batches, expected)
+            batches = ()
         for number, batch in enumerate(batches, 1):
-            synchronize_gradients(self._module, self.config.parallel, last=number == len(batches))
+            synchronize_gradients(self._parallel.module, self.config.parallel, last=number == len(batches))
             self.clock.phase("data")
             moved = batch.to(self.device)
             self.clock.phase("forward")
@@ -333,11 +338,42 @@ class Trainer:
             sums, losses = self.run_model(losses_of)
         return dataclasses.replace(losses, sums=sums)
 
+    def _through_pipeline(
+        self, pipeline: Pipeline, batches: Sequence[Batch], expected: Mapping[str, float]
+    ) -> LossTotals:
+        moved = [batch.to(self.device) for batch in batches]
+        found = LossTotals(self.device)
+
+        def part_of(model: nn.Module, number: int) -> Tensor:
+            use_split_of(self.model, model)
+            twice = self.config.parallel.schedule == "zero_bubble"
+            with autocast(self.precision, self.device), kept_gradients(twice):
+                losses = as_losses(self.compute_loss(model, moved[number]))
+            part = found.add(losses, expected)
+            return part if self.updates.scaler is None else part * self.updates.scaler.factor
+
+        self.clock.phase("forward")
+        model: Any = self.model
+        with autocast(self.precision, self.device):
+            pipeline.run(
+                [Inputs(batch.input_ids_BT, batch.position_ids_BT) for batch in moved],
+                part_of,
+                hidden_size=model.config.get_text_config().hidden_size,
+                dtype=next(model.parameters()).dtype,
+            )
+        result: LossTotals = pipeline.from_last(found)
+        return result
+
     def run_model(self, function: Callable[..., Result], *inputs: Any) -> Result:
         """``function(model, *inputs)``. Whatever runs the model must go through here: it may be spread over
         processes, all of which must do the same then.
         """
-        result: Result = self._module(function, *inputs)
+        if self._parallel.module is None:
+            raise ConfigError(
+                f"parallel.pipeline: {self.config.train.objective} runs the model as no pipeline can",
+                fix="use parallel.shard and parallel.tensor",
+            )
+        result: Result = self._parallel.module(function, *inputs)
         return result
 
     def learning_rate(self, step: int) -> float:

@@ -57,8 +57,9 @@ def main() -> None:
         }
         weights["losses"] = torch.tensor([each.loss for each in results], dtype=torch.float64)
         weights["norms"] = torch.tensor([each.grad_norm for each in results], dtype=torch.float64)
+        everywhere = world.gather(weights)
         if world.is_main:
-            save_file(weights, sys.argv[2])
+            save_file({name: found[name] for found in everywhere for name in found}, sys.argv[2])
 
 
 if __name__ == "__main__":

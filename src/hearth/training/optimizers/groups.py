@@ -97,8 +97,9 @@ def _input_and_output(model: nn.Module) -> Iterable[Tensor]:
             yield module.weight
     get_head = getattr(unwrap(model), "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    if head is not None:
-        yield head.weight
+    weight = getattr(head, "weight", None)  # another stage of a pipeline may have it
+    if weight is not None:
+        yield weight
 
 
 def param_groups(model: nn.Module, settings: dict[str, Settings]) -> list[dict[str, Any]]:
