@@ -1,0 +1,333 @@
+"""How much memory the fullest process needs at its peak, and for what.
+
+A step has three moments that may be the peak: the loss (all activations, the output layer's buffers), the end
+of the backward pass (all gradients, the embedding's once more) and the update (all gradients, what the
+optimizer works with). The memory is that of the largest, part by part.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from hearth.config.parallel import ParallelSection
+from hearth.parallel.layout import Layout
+from hearth.parallel.planner.activations import layer_bytes, residual_width, saved_by_layer
+from hearth.parallel.planner.facts import ModelFacts
+from hearth.parallel.planner.job import Job
+from hearth.parallel.planner.schedules import in_flight
+from hearth.parallel.planner.state import Placed, State, place
+
+# As in hearth.training.loss: logits are made for so many values at a time.
+_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+_PARTS_OF_A_CHUNK = 4
+_VOCAB_SLICE = 8192
+# Without chunks cross-entropy has, for each logit, the result of log_softmax and two gradients in float32.
+_WHOLE_LOGIT_BYTES = 12
+# Values that 8-bit AdamW works on at a time, and tensors of that many float32 values that it has then.
+_CHUNK_8BIT, _TENSORS_8BIT = 1 << 20, 9
+# Of a GPU's memory: the context of CUDA and its kernels, NCCL's buffers, and what the allocator cannot use
+# because it lies in pieces (torchtitan's rows of docs/planner.md leave 3 to 6 % of it).
+_CONTEXT_BYTES = {"cpu": 0, "cuda": 1 << 30}
+_GROUP_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to run a job: a layout and what the recipe's section parallel says besides sizes."""
+
+    layout: Layout
+    zero: int = 3
+    sequence: bool = False
+    schedule: str = "1f1b"
+    chunks: int = 1
+    offload: bool = False
+
+    @classmethod
+    def of(cls, section: ParallelSection, world_size: int) -> Plan:
+        """The plan that a recipe asks for. Raises ConfigError when its sizes do not fit the processes."""
+        return cls(
+            Layout.of(section, world_size),
+            section.zero,
+            section.sequence,
+            section.schedule,
+            section.stages,
+            section.offload != "none",
+        )
+
+    def micro_batches(self, job: Job) -> int:
+        """Micro-batches of a process in one step; 0 where the batch is too small for the layout."""
+        rows, rest = divmod(job.batch_size, self.layout.batch_ranks)
+        return 0 if rest or rows % job.micro_batch_size else rows // job.micro_batch_size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest process at its peak, by part."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    average: float
+    copies: float  # half-precision copies of weights that autocast makes
+    activations: float
+    logits: float  # the output layer: its logits, their gradient, gradients of its weight and input
+    communication: float  # gathered weights and gradients on their way
+    framework: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def tensors(self) -> float:
+        """What the program allocates, without the framework's own."""
+        return self.total - self.framework
+
+    def parts(self) -> dict[str, float]:
+        """Bytes by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def memory_of(facts: ModelFacts, job: Job, plan: Plan, *, device: str = "cuda") -> Memory:
+    """The memory of the fullest process. ``device``: cuda or cpu, which decides the chunks of the loss."""
+    stages = range(plan.layout.pipeline)
+    ends = [stages[0], stages[-1]] if len(stages) > 1 else [0]
+    return max((_memory_of_stage(facts, job, plan, stage, device) for stage in ends), key=lambda m: m.total)
+
+
+def stage_layers(facts: ModelFacts, plan: Plan, stage: int) -> list[int]:
+    """The layers of a pipeline process: every piece has as many as the fullest."""
+    pieces = plan.layout.pipeline * plan.chunks
+    each = -(-facts.num_layers // pieces)
+    found: list[int] = []
+    for chunk in range(plan.chunks):
+        # Interleaved pieces go round; those of a zero-bubble V go there and back.
+        turned = plan.schedule == "zero_bubble" and chunk % 2
+        piece = chunk * plan.layout.pipeline + (plan.layout.pipeline - 1 - stage if turned else stage)
+        found += range(piece * each, min((piece + 1) * each, facts.num_layers))
+    return found
+
+
+def has_ends(plan: Plan, stage: int) -> tuple[bool, bool]:
+    """Whether a stage has the embedding, and whether it has the output layer."""
+    first, last = stage == 0, stage == plan.layout.pipeline - 1
+    if plan.schedule == "zero_bubble" and plan.chunks == 2:
+        last = first  # a V ends where it began
+    return first, last
+
+
+def _memory_of_stage(facts: ModelFacts, job: Job, plan: Plan, stage: int, device: str) -> Memory:
+    layers = stage_layers(facts, plan, stage)
+    first, last = has_ends(plan, stage)
+    layout = plan.layout
+    placed = place(
+        facts, job, layers, first=first, last=last, tensor=layout.tensor, expert=layout.expert
+    )
+    held, comm = _held(placed, job, plan)
+    accumulates = plan.micro_batches(job) > 1
+    whole = placed.dense + placed.experts + placed.ends
+    acts = _activations(facts, job, plan, stage, layers, first=first, last=last)
+    copies = 0.0
+    if job.width < 4 and not (job.gathers_bf16 or job.bf16_state):
+        copies = 2 * whole.matrices
+    head = _head_buffers(facts, job, plan, device) if last else _Head()
+    embedding = 4.0 * _words(facts, job, plan) * facts.hidden_size if first and job.adapter is None else 0.0
+    kept_copies = copies if job.checkpointing == "none" else 0.0
+    early = held.gradients if accumulates else 0.0
+    base = {"weights": held.weights, "optimizer": held.optimizer, "average": held.average}
+    framework = _framework(plan, device)
+    layer_peak = _transient(facts, job, plan, layers)
+    recomputed = _one_layer(facts, job, plan, layers) if job.checkpointing != "none" else 0.0
+    moments = [
+        # while logits are made
+        Memory(
+            **base,
+            gradients=early,
+            copies=copies,
+            activations=acts,
+            logits=head.forward,
+            communication=comm.forward,
+            framework=framework,
+        ),
+        # the last layer's backward pass
+        Memory(
+            **base,
+            gradients=early,
+            copies=kept_copies,
+            activations=acts + layer_peak + recomputed,
+            logits=head.kept if facts.tied else 0.0,
+            communication=comm.backward,
+            framework=framework,
+        ),
+        # the first layer's, and the embedding's
+        Memory(
+            **base,
+            gradients=held.gradients + embedding,
+            copies=0.0,
+            activations=layer_peak,
+            logits=head.kept if facts.tied else 0.0,
+            communication=comm.backward,
+            framework=framework,
+        ),
+        # the update
+        Memory(
+            **base,
+            gradients=held.gradients,
+            copies=0.0,
+            activations=_update(job, whole) / (layout.shard if layout.shard > 1 else 1),
+            logits=0.0,
+            communication=comm.always,
+            framework=framework,
+        ),
+    ]
+    return max(moments, key=lambda memory: memory.total)
+
+
+@dataclass(frozen=True)
+class _Communication:
+    always: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+def _held(placed: Placed, job: Job, plan: Plan) -> tuple[State, _Communication]:
+    """What stays from step to step after ZeRO has divided it, and what is gathered on the way."""
+    layout = plan.layout
+    whole = placed.dense + placed.experts + placed.ends
+    if layout.shard == 1:
+        return whole, _Communication()
+    own = (placed.dense + placed.ends).scaled(1 / layout.shard)
+    # Experts are already divided; only what is left of the shard group divides them again.
+    own = own + placed.experts.scaled(1 / max(1.0, layout.shard / layout.expert))
+    width = 2.0 if job.gathers_bf16 or job.bf16_state else 4.0
+    gathered, layer, ends = width * whole.values, placed.largest_layer, placed.ends
+    if plan.zero == 3:
+        # A layer, the next one that is gathered while it runs, and embedding and output layer all the time.
+        forward = width * (2 * layer.values + ends.values)
+    else:
+        forward = gathered
+    # Gradients of a layer as they come, and once more in the buffer that is sent.
+    grads = 4.0 * (2 * layer.trainable + 2 * ends.trainable)
+    if plan.zero == 1 and plan.micro_batches(job) > 1:
+        own.gradients += whole.gradients  # whole until the last micro-batch
+        grads = 4.0 * layer.trainable
+    always = gathered if plan.zero < 3 and not job.bf16_state else width * ends.values
+    if plan.offload:
+        own = State(largest=own.largest)
+    return own, _Communication(always, forward, forward + grads)
+
+
+def _local_tokens(job: Job, plan: Plan) -> float:
+    return job.micro_batch_size * job.sequence_length / plan.layout.context
+
+
+def _words(facts: ModelFacts, job: Job, plan: Plan) -> float:
+    return facts.vocab_size / (plan.layout.tensor if job.vocabulary_split else 1)
+
+
+def _activations(
+    facts: ModelFacts, job: Job, plan: Plan, stage: int, layers: list[int], *, first: bool, last: bool
+) -> float:
+    layout, tokens = plan.layout, _local_tokens(job, plan)
+    per_token = sum(
+        layer_bytes(
+            saved_by_layer(facts, facts.layers[index], job, tensor=layout.tensor, sequence=plan.sequence),
+            job.checkpointing,
+        )
+        for index in layers
+    )
+    micro_batches = max(1, plan.micro_batches(job))
+    flying = in_flight(
+        plan.schedule,  # type: ignore[arg-type]
+        stage=stage,
+        stages=layout.pipeline,
+        chunks=plan.chunks,
+        micro_batches=micro_batches,
+    )
+    res = residual_width(job) * facts.hidden_size
+    if layout.pipeline > 1:
+        per_token += plan.chunks * res  # the result of a stage is kept with its input
+    found = flying * per_token * tokens
+    if last:
+        found += 2 * res * tokens  # the last norm
+    if first:
+        found += 8 * tokens + (job.sequence_length * tokens if job.isolated else 0)  # ids, one boolean mask
+    if layout.context > 1:
+        found += 4 * tokens * facts.key_width / layout.tensor * job.width  # keys and values on the way
+    if layout.expert > 1:
+        found += 2 * tokens * facts.experts_per_token * facts.hidden_size * residual_width(job)
+    return found
+
+
+def _one_layer(facts: ModelFacts, job: Job, plan: Plan, layers: list[int]) -> float:
+    """What a layer has that is run again in the backward pass, with copies of its weights."""
+    largest = max(
+        layer_bytes(
+            saved_by_layer(
+                facts, facts.layers[index], job, tensor=plan.layout.tensor, sequence=plan.sequence
+            ),
+            "none",
+        )
+        for index in set(layers)
+    )
+    return largest * _local_tokens(job, plan)
+
+
+def _transient(facts: ModelFacts, job: Job, plan: Plan, layers: list[int]) -> float:
+    """Gradients of activations in the feed-forward's backward pass: three of its width, two of the model's."""
+    inner = 0.0
+    for index in layers:
+        layer = facts.layers[index]
+        wide = layer.inner * job.width + facts.experts_per_token * layer.expert_inner * residual_width(job)
+        inner = max(inner, wide / plan.layout.tensor)
+    per_token = 3 * inner + 2 * residual_width(job) * facts.hidden_size
+    return per_token * _local_tokens(job, plan)
+
+
+@dataclass(frozen=True)
+class _Head:
+    forward: float = 0.0  # at the most while logits are made
+    kept: float = 0.0  # until the backward pass takes it
+
+
+def _head_buffers(facts: ModelFacts, job: Job, plan: Plan, device: str) -> _Head:
+    """The output layer (hearth.training.loss): logits of a chunk, and both gradients with the loss."""
+    tokens, words, hidden = _local_tokens(job, plan), _words(facts, job, plan), facts.hidden_size
+    res, trained = residual_width(job), job.adapter is None
+    if not job.chunked_loss:
+        return _Head(_WHOLE_LOGIT_BYTES * tokens * words, 0.0)
+    elements = _CHUNK_ELEMENTS.get(device, 1 << 24)
+    part = max(64, min(tokens, elements // words))
+    chunk = min(tokens, _PARTS_OF_A_CHUNK * part)
+    halved = job.width < res
+    logits = job.width * chunk * words + (4 * part * words if job.width < 4 else 0)
+    inputs = 2 * res * tokens * hidden + (job.width * tokens * hidden if halved else 0)  # all, those that count
+    weight = job.width * words * hidden if halved else 0
+    grad_input = res * tokens * hidden
+    grad_weight = 4 * words * hidden if trained else 0
+    product = job.width * min(words, _VOCAB_SLICE) * hidden if job.width < 4 and trained else 0
+    product = max(product, job.width * chunk * hidden)
+    return _Head(logits + inputs + weight + grad_input + grad_weight + product, grad_weight)
+
+
+def _update(job: Job, whole: State) -> float:
+    """What the optimizer works with besides weights, gradients and state."""
+    match job.optimizer:
+        case "lion":
+            return 4 * whole.largest
+        case "adafactor":
+            return 3 * 4 * whole.largest
+        case "muon":
+            return (2 * 5 + 4) * whole.largest
+        case "adamw8bit":
+            return 4 * _TENSORS_8BIT * min(_CHUNK_8BIT, whole.largest)
+    return 0.0
+
+
+def _framework(plan: Plan, device: str) -> float:
+    if device == "cpu":
+        return 0.0
+    groups = sum(size > 1 for size in plan.layout.sizes)
+    return _CONTEXT_BYTES[device] + math.ceil(groups) * _GROUP_BYTES

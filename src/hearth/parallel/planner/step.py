@@ -1,0 +1,204 @@
+"""The time of an optimizer step: arithmetic, what of the communication shows, and waiting in the pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hearth.parallel.planner.collectives import Group, collective_seconds
+from hearth.parallel.planner.facts import ModelFacts
+from hearth.parallel.planner.hardware import Cluster
+from hearth.parallel.planner.job import Job
+from hearth.parallel.planner.memory import Plan, has_ends, stage_layers
+from hearth.parallel.planner.schedules import bubble_share
+from hearth.parallel.planner.state import place
+from hearth.parallel.planner.work import (
+    Seconds,
+    boundary_bytes,
+    head_seconds,
+    layer_seconds,
+    model_flops_per_token,
+    update_seconds,
+)
+
+SECONDS_A_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of an optimizer step, by part; communication as far as nothing hides it."""
+
+    compute: float
+    tensor: float
+    context: float
+    expert: float
+    pipeline: float  # activations on their way to the next stage
+    bubble: float
+    data: float  # gradients and gathered weights
+    update: float
+    tokens: int
+    model_flops: float  # of the whole step, as MFU counts them
+    peak_flops: float  # of all devices together
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return (
+            self.compute
+            + self.tensor
+            + self.context
+            + self.expert
+            + self.pipeline
+            + self.bubble
+            + self.data
+            + self.update
+        )
+
+    @property
+    def mfu(self) -> float:
+        """Share of the data sheet's peak that the model's own arithmetic uses."""
+        return self.model_flops / (self.seconds * self.peak_flops)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices."""
+        return self.tokens / self.seconds
+
+    @property
+    def tokens_per_day(self) -> float:
+        """Of all devices, without failures (those are hearth.parallel.simulation's)."""
+        return self.tokens_per_second * SECONDS_A_DAY
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by name."""
+        names = ("compute", "tensor", "context", "expert", "pipeline", "bubble", "data", "update")
+        return {name: getattr(self, name) for name in names}
+
+
+def step_time(facts: ModelFacts, job: Job, plan: Plan, cluster: Cluster) -> Step:
+    """The time of a step; the plan's batch must divide (``plan.micro_batches(job) > 0``)."""
+    layout = plan.layout
+    micro_batches = plan.micro_batches(job)
+    assert micro_batches > 0, "the layout does not divide the batch"
+    tokens = job.micro_batch_size * job.sequence_length / layout.context
+    stages = sorted({0, layout.pipeline - 1})
+    passes = [_stage_seconds(facts, job, plan, cluster, stage, tokens) for stage in stages]
+    slowest = max(passes, key=lambda seconds: seconds.total)
+    layers = len(stage_layers(facts, plan, 0))
+    tensor = _tensor_seconds(facts, job, plan, cluster, tokens) * layers
+    context = _context_seconds(facts, job, plan, cluster, tokens, slowest) * layers
+    expert = _expert_seconds(facts, job, plan, cluster, tokens) * layers
+    each = slowest.total + tensor + context + expert
+    ratio = (each - slowest.forward - tensor / 2) / max(slowest.forward + tensor / 2, 1e-12)
+    share = bubble_share(
+        plan.schedule,  # type: ignore[arg-type]
+        stages=layout.pipeline,
+        chunks=plan.chunks,
+        micro_batches=micro_batches,
+        backward_ratio=ratio,
+    )
+    send = 0.0
+    if layout.pipeline > 1:
+        bytes_ = boundary_bytes(facts, job, tokens=tokens)
+        once = collective_seconds("send", bytes_, Group.of(layout, "pipeline"), cluster)
+        # Transfers run beside the passes of other micro-batches, but for those that fill and drain.
+        send = 2 * plan.chunks * (layout.pipeline - 1) * once
+    data, update = _data_seconds(facts, job, plan, cluster, slowest, micro_batches)
+    return Step(
+        compute=micro_batches * slowest.total,
+        tensor=micro_batches * tensor,
+        context=micro_batches * context,
+        expert=micro_batches * expert,
+        pipeline=send,
+        bubble=share * micro_batches * each,
+        data=data,
+        update=update,
+        tokens=job.batch_size * job.sequence_length,
+        model_flops=model_flops_per_token(facts, job.sequence_length) * job.batch_size * job.sequence_length,
+        peak_flops=cluster.device.peak * layout.world_size,
+    )
+
+
+def _stage_seconds(
+    facts: ModelFacts, job: Job, plan: Plan, cluster: Cluster, stage: int, tokens: float
+) -> Seconds:
+    layout, device = plan.layout, cluster.device
+    total = Seconds(0.0, 0.0)
+    by_kind: dict[object, Seconds] = {}
+    for index in stage_layers(facts, plan, stage):
+        kind = facts.layers[index]
+        if kind not in by_kind:
+            by_kind[kind] = layer_seconds(
+                facts, index, job, device, tokens=tokens, tensor=layout.tensor, context=layout.context
+            )
+        total += by_kind[kind]
+    if has_ends(plan, stage)[1]:
+        total += head_seconds(facts, job, device, tokens=tokens, tensor=layout.tensor)
+    return total
+
+
+def _tensor_seconds(facts: ModelFacts, job: Job, plan: Plan, cluster: Cluster, tokens: float) -> float:
+    """Two sums over the tensor group in each pass of a layer (Shoeybi et al. 2019, section 3)."""
+    passes = 6 if job.checkpointing == "full" else 4
+    size = job.width * facts.hidden_size * tokens
+    once = collective_seconds("all_reduce", size, Group.of(plan.layout, "tensor"), cluster)
+    return passes * once * (1.0 - job.tensor_overlap)
+
+
+def _context_seconds(
+    facts: ModelFacts, job: Job, plan: Plan, cluster: Cluster, tokens: float, passes: Seconds
+) -> float:
+    """Keys and values go round while attention runs; in the backward pass with their gradients."""
+    layout = plan.layout
+    if layout.context == 1:
+        return 0.0
+    size = 2 * job.width * facts.key_width / layout.tensor * tokens * layout.context
+    group = Group.of(layout, "context")
+    moved = 3 * collective_seconds("all_gather", size, group, cluster)
+    hidden = 0.3 * passes.total / max(1, len(stage_layers(facts, plan, 0)))
+    return max(0.0, moved - hidden)
+
+
+def _expert_seconds(facts: ModelFacts, job: Job, plan: Plan, cluster: Cluster, tokens: float) -> float:
+    """Tokens go to their experts and back, in both passes; nothing hides it."""
+    layout = plan.layout
+    if layout.expert == 1 or not facts.num_experts:
+        return 0.0
+    size = job.width * facts.hidden_size * tokens * facts.experts_per_token
+    stride = layout.context * layout.tensor
+    return 4 * collective_seconds("all_to_all", size, Group(layout.expert, stride), cluster)
+
+
+def _data_seconds(
+    facts: ModelFacts, job: Job, plan: Plan, cluster: Cluster, passes: Seconds, micro_batches: int
+) -> tuple[float, float]:
+    """What shows of gathering weights and adding up gradients; and the time of the update."""
+    layout = plan.layout
+    placed = place(
+        facts, job, stage_layers(facts, plan, 0), first=True, last=layout.pipeline == 1,
+        tensor=layout.tensor, expert=layout.expert,
+    )  # fmt: skip
+    whole = placed.dense + placed.experts + placed.ends
+    shard, data = Group.of(layout, "shard"), Group.of(layout, "data")
+    update = update_seconds(
+        whole.trainable / layout.shard, (whole.optimizer + whole.average) / layout.shard, cluster.device
+    )
+    wire = 2.0 if job.bf16_reduce else 4.0
+    exposed = 0.0
+    if layout.shard > 1:
+        width = 2.0 if job.gathers_bf16 or job.bf16_state else 4.0
+        gather = collective_seconds("all_gather", width * whole.values, shard, cluster)
+        scatter = collective_seconds("reduce_scatter", wire * whole.trainable, shard, cluster)
+        layers = max(1, len(stage_layers(facts, plan, 0)))
+        if plan.zero == 3:
+            exposed += micro_batches * max(gather / layers, gather - passes.forward)
+            exposed += micro_batches * max(scatter / layers, gather + scatter - passes.backward)
+        else:
+            rounds = micro_batches if plan.zero == 2 else 1
+            exposed += max(gather / layers, gather - passes.forward)
+            exposed += rounds * max(scatter / layers, scatter - passes.backward)
+    if layout.data * layout.context > 1:
+        size = wire * whole.trainable / layout.shard
+        reduce = collective_seconds("all_reduce", size, data, cluster)
+        reduce += collective_seconds("all_reduce", size, Group.of(layout, "context"), cluster)
+        exposed += max(reduce / max(1, facts.num_layers), reduce - passes.backward)
+    return exposed, update

@@ -1,0 +1,1 @@
+"""Steps, failures and checkpoints of many processes, on the planner's model."""
