@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("hearth.cli.demo:demo", "Raw text to an answering endpoint, in minutes, offline."),
     "data": ("hearth.cli.data:data", "Prepare and inspect datasets."),
     "train": ("hearth.cli.train:train", "Train a model from a recipe."),
+    "launch": ("hearth.cli.launch:launch", "Start a recipe on many processes, here or on a cluster."),
     "eval": ("hearth.cli.evaluate:evaluate", "Measure a model: perplexity and bits per byte."),
     "parity": ("hearth.cli.parity:parity", "Check that serving answers the same as training."),
     "models": ("hearth.cli.models:models", "List, show, promote, verify, import and export versions."),

@@ -23,9 +23,7 @@ def die_with_parent(before: Callable[[], None] | None = None) -> None:
 
     On Linux the kernel is asked for a SIGKILL as well, which also reaches a process that is stopped.
     """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ask_kernel_to_follow_parent()
 
     def watch() -> None:
         with contextlib.suppress(OSError):
@@ -36,6 +34,13 @@ def die_with_parent(before: Callable[[], None] | None = None) -> None:
         kill_group(os.getpgrp() if os.getpgrp() == os.getpid() else None)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def ask_kernel_to_follow_parent() -> None:
+    """On Linux, a SIGKILL when the thread that started this process ends; elsewhere nothing."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def kill_group(group: int | None) -> None:

@@ -1,0 +1,46 @@
+"""Which process of a group failed first, and of what. Pure.
+
+One that dies takes the others with it: their connections break within milliseconds, and they may be gone
+before the culprit has finished to complain. A process that only lost a connection is therefore not blamed while
+another has something else to say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_LOST_CONNECTION = re.compile(
+    r"connection reset by peer|connection closed by peer|broken pipe|connection refused|socketpoll"
+    r"|remote process exited|connection was likely closed|heartbeat monitor|peer .*closed"
+    r"|nccl(remote)?error|dist(network|backend|store)error|did not meet the others",
+    re.IGNORECASE,
+)
+_TAIL_LINES = 20
+
+
+@dataclass(frozen=True)
+class Death:
+    """The end of one process: when (any one clock), how, and the last lines it wrote."""
+
+    rank: int
+    at: float
+    exit_code: int
+    tail: str = ""
+
+    @property
+    def lost_connection(self) -> bool:
+        """Whether its last words are that another process is gone."""
+        return self.exit_code > 0 and _LOST_CONNECTION.search(self.tail) is not None
+
+
+def first_death(deaths: Sequence[Death]) -> Death:
+    """The one that the others followed."""
+    assert deaths
+    return min(deaths, key=lambda each: (each.lost_connection, each.at, each.rank))
+
+
+def last_lines(text: str, num_lines: int = _TAIL_LINES) -> str:
+    """The last lines that are not blank."""
+    return "\n".join([line for line in text.splitlines() if line.strip()][-num_lines:])

@@ -1,0 +1,1 @@
+"""Launching a job's processes: on this machine, by torchrun, Slurm, Kubernetes, Ray or Azure ML."""
