@@ -25,6 +25,15 @@ QWEN3 = {
     "max_position_embeddings": 64,
     "attn_implementation": "sdpa",
 }
+QWEN3_MOE = {
+    **QWEN3,
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+    "output_router_logits": False,
+}
 STEPS = 5
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp2": (2, {"data": 2}),
@@ -41,6 +50,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp2-pp2": (4, {"shard": 2, "pipeline": 2}),
     "ddp2-pp2": (4, {"data": 2, "pipeline": 2}),
     "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "moe-fsdp2": (2, {"shard": 2}),
+    "moe-tp2": (2, {"tensor": 2}),
+    "moe-ep2": (2, {"data": 2, "expert": 2}),
+    "moe-fsdp2-ep2": (2, {"shard": 2, "expert": 2}),
+    "moe-hsdp-ep2": (4, {"data": 2, "shard": 2, "expert": 2}),
     "offload": (2, {"shard": 2, "offload": "cpu"}),
 }
 
@@ -65,7 +79,8 @@ def train(
     launch: Any, tmp_path: Path, name: str, num: int, parallel: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     settings, out = tmp_path / f"{name}.json", tmp_path / f"{name}.safetensors"
-    settings.write_text(json.dumps({"recipe": recipe_of(parallel), "model": QWEN3, "steps": STEPS}))
+    model = QWEN3_MOE if name.startswith("moe") else QWEN3
+    settings.write_text(json.dumps({"recipe": recipe_of(parallel), "model": model, "steps": STEPS}))
     launch("parity", num, [str(settings), str(out)])
     return load_file(out)
 
@@ -73,7 +88,7 @@ def train(
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_as_one_process(launch: Any, tmp_path: Path, name: str) -> None:
     num, parallel = LAYOUTS[name]
-    expected = train(launch, tmp_path, "one", 1, {})
+    expected = train(launch, tmp_path, f"{name.split('-')[0]}-one", 1, {})
     found = train(launch, tmp_path, name, num, parallel)
     assert found.keys() == expected.keys()
     for key, value in sorted(expected.items(), key=lambda item: item[0] not in ("losses", "norms")):

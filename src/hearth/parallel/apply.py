@@ -36,7 +36,7 @@ def parallelize(model: nn.Module, world: World, section: ParallelSection) -> Par
     # DDP takes neither weights that are cut nor stages; a mesh of which one dimension is 1 is how FSDP2
     # replicates.
     sharded = layout.shard > 1 or section.offload == "cpu"
-    sharded = sharded or (layout.data > 1 and (layout.tensor > 1 or layout.pipeline > 1))
+    sharded = sharded or (layout.data > 1 and max(layout.tensor, layout.pipeline, layout.expert) > 1)
     if layout.pipeline > 1:
         stages = make_stages(model, world, section)
         for stage in stages if sharded else ():

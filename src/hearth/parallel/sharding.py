@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hearth.config.parallel import ParallelSection
 from hearth.errors import ConfigError
+from hearth.parallel.expert import apply_expert_parallel
 from hearth.parallel.world import World
 
 
@@ -68,6 +69,10 @@ def shard_weights(module: nn.Module, world: World, section: ParallelSection) -> 
         "mp_policy": exact,
         "offload_policy": _offload(section, world),
     }
+    for experts in apply_expert_parallel(module, world) if world.layout.expert > 1 else ():
+        assert world.expert_mesh is not None
+        # Those of other groups have the same experts; within the group everyone has his own.
+        fully_shard(experts, **{**settings, "mesh": world.expert_mesh["replica"]})
     for layer in layers:
         fully_shard(layer, **settings)
     fully_shard(module, **{**settings, "reshard_after_forward": False})

@@ -36,6 +36,7 @@ class World:
     device: torch.device
     rank: int = 0
     mesh: DeviceMesh | None = None
+    expert_mesh: DeviceMesh | None = None  # the same processes, with those of a group of experts together
 
     @classmethod
     def alone(cls, device: torch.device) -> World:
@@ -147,7 +148,7 @@ def joined(section: ParallelSection, device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     _connect(section, device, rank, size)
     try:
-        yield World(layout, device, rank, _mesh(device, layout))
+        yield World(layout, device, rank, _mesh(device, layout), _expert_mesh(device, layout))
     finally:
         dist.destroy_process_group()
 
@@ -172,3 +173,19 @@ def _mesh(device: torch.device, layout: Layout) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(device.type, layout.sizes, mesh_dim_names=DIMENSIONS)
+
+
+def _expert_mesh(device: torch.device, layout: Layout) -> DeviceMesh | None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if layout.expert == 1:
+        return None
+    sizes = (
+        layout.pipeline,
+        layout.batch_ranks // layout.expert,
+        layout.expert,
+        layout.context,
+        layout.tensor,
+    )
+    names = ("pipeline", "replica", "expert", "context", "tensor")
+    return init_device_mesh(device.type, sizes, mesh_dim_names=names)

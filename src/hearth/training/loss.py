@@ -34,7 +34,7 @@ _heads: weakref.WeakKeyDictionary[nn.Module, tuple[nn.Module, nn.Linear] | None]
 
 @contextlib.contextmanager
 def kept_gradients(keep: bool) -> Iterator[None]:
-    """Losses that are made within can be differentiated more than once, for the memory of the output layer."""
+    """Losses made within can be differentiated more than once, for the memory of the output layer."""
     token = _KEEP_GRADIENTS.set(keep)
     try:
         yield
