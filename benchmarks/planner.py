@@ -243,7 +243,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run the cases that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", help="numbers of configurations, with commas")
     parser.add_argument("--quick", action="store_true", help="two small configurations")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -263,7 +265,9 @@ def main() -> None:
         print(f"{time.perf_counter() - started:5.0f} s  {case.name}", file=sys.stderr)
     print(table(results))
     name = "planner-quick" if arguments.quick else "planner"
-    path = write_result(name, results, settings={"threads": arguments.threads, "steps": STEPS}, machine=machine)
+    path = write_result(
+        name, results, settings={"threads": arguments.threads, "steps": STEPS}, machine=machine
+    )
     print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 

@@ -20,6 +20,7 @@ from hearth.version import __version__
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("hearth.cli.demo:demo", "Raw text to an answering endpoint, in minutes, offline."),
     "data": ("hearth.cli.data:data", "Prepare and inspect datasets."),
+    "plan": ("hearth.cli.plan:plan", "Layout, memory and time of a recipe on many devices."),
     "train": ("hearth.cli.train:train", "Train a model from a recipe."),
     "launch": ("hearth.cli.launch:launch", "Start a recipe on many processes, here or on a cluster."),
     "eval": ("hearth.cli.evaluate:evaluate", "Measure a model: perplexity and bits per byte."),

@@ -1,7 +1,8 @@
 """How long processes talk: the alpha-beta model (Hockney 1994; Thakur et al. 2005) over rings.
 
-A collective over n processes takes its number of steps times a latency (alpha) plus its bytes over a bandwidth
-(beta). all-gather and reduce-scatter send (n - 1) / n of the whole from each process, all-reduce twice that.
+A collective over n processes takes its number of steps times a latency (alpha) plus its bytes over a
+bandwidth (beta). all-gather and reduce-scatter send (n - 1) / n of the whole from each process, all-reduce
+twice that.
 """
 
 from __future__ import annotations

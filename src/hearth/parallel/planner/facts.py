@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable
@@ -45,7 +46,7 @@ class Layer:
     window: int | None  # sliding window, in tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelFacts:
     """A causal language model in numbers."""
 
@@ -79,13 +80,20 @@ class ModelFacts:
         """All key heads together; values have as many."""
         return self.num_kv_heads * self.head_dim
 
-    def count(self, *parts: str, layers: Iterable[int] | None = None) -> int:
-        """Weights of some parts (all without a name), of some layers or of everything."""
-        wanted = None if layers is None else set(layers)
+    @functools.cached_property
+    def _counts(self) -> dict[tuple[str, int | None], int]:
+        found: dict[tuple[str, int | None], int] = {}
+        for weight in self.weights:
+            key = weight.part, weight.layer
+            found[key] = found.get(key, 0) + weight.size
+        return found
+
+    def count(self, *parts: str, layer: int | None = None) -> int:
+        """Weights of some parts (all without a name), of one layer or of everything."""
         return sum(
-            weight.size
-            for weight in self.weights
-            if (not parts or weight.part in parts) and (wanted is None or weight.layer in wanted)
+            size
+            for (part, index), size in self._counts.items()
+            if (not parts or part in parts) and (layer is None or index == layer)
         )
 
     @property

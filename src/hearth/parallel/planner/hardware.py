@@ -2,8 +2,8 @@
 
 Peaks are dense and without sparsity, from the vendors' data sheets (NVIDIA H100, H200, A100, L40S, HGX B200).
 ``matmul``: the best rate that a matrix product was measured to reach, "maximum achievable matmul FLOPS" of
-S. Bekman, Machine Learning Engineering, chapter Accelerators (torch 2.5 to 2.7); where it has no figure (L40S,
-H100 PCIe), 80 % of the peak, the rate of its neighbours. Bandwidth of a link counts one direction.
+S. Bekman, Machine Learning Engineering, chapter Accelerators (torch 2.5 to 2.7); where it has no figure
+(L40S, H100 PCIe), 80 % of the peak, the rate of its neighbours. Bandwidth of a link counts one direction.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Link:
-    """A wire. ``bandwidth``: bytes a second in one direction for one device; ``latency``: seconds a message."""
+    """A wire. ``bandwidth``: bytes a second in one direction for a device; ``latency``: seconds a message."""
 
     name: str
     bandwidth: float

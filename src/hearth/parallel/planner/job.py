@@ -44,6 +44,7 @@ class Job:
     vocabulary_split: bool = False  # tensor parallelism divides embedding and output layer by words
     alternate_products: bool = False  # selective checkpointing keeps every second product (torchtitan)
     eager_attention: bool = False  # scores and probabilities in memory, as before FlashAttention
+    context_shares_state: bool = False  # processes of a sequence share the state, too (torchtitan)
     tensor_overlap: float = 0.0  # share of tensor parallelism's communication that is hidden
     bf16_reduce: bool = False  # gradients cross the wire in bfloat16 (parallel.reduce)
     bf16_state: bool = False  # bfloat16 weights with a float32 copy in the optimizer (Megatron)

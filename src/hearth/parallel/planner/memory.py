@@ -7,11 +7,12 @@ optimizer works with). The memory is that of the largest, part by part.
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from dataclasses import dataclass, fields
 
 from hearth.config.parallel import ParallelSection
 from hearth.parallel.layout import Layout
+from hearth.parallel.pipeline import divide_layers
 from hearth.parallel.planner.activations import layer_bytes, residual_width, saved_by_layer
 from hearth.parallel.planner.facts import ModelFacts
 from hearth.parallel.planner.job import Job
@@ -58,7 +59,7 @@ class Plan:
     def micro_batches(self, job: Job) -> int:
         """Micro-batches of a process in one step; 0 where the batch is too small for the layout."""
         rows, rest = divmod(job.batch_size, self.layout.batch_ranks)
-        return 0 if rest or rows % job.micro_batch_size else rows // job.micro_batch_size
+        return 0 if rest or rows % job.micro_batch_size else int(rows // job.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -98,33 +99,21 @@ def memory_of(facts: ModelFacts, job: Job, plan: Plan, *, device: str = "cuda") 
 
 
 def stage_layers(facts: ModelFacts, plan: Plan, stage: int) -> list[int]:
-    """The layers of a pipeline process: every piece has as many as the fullest."""
-    pieces = plan.layout.pipeline * plan.chunks
-    each = -(-facts.num_layers // pieces)
-    found: list[int] = []
-    for chunk in range(plan.chunks):
-        # Interleaved pieces go round; those of a zero-bubble V go there and back.
-        turned = plan.schedule == "zero_bubble" and chunk % 2
-        piece = chunk * plan.layout.pipeline + (plan.layout.pipeline - 1 - stage if turned else stage)
-        found += range(piece * each, min((piece + 1) * each, facts.num_layers))
-    return found
+    """The layers of a pipeline process: its pieces go round."""
+    pieces = divide_layers(facts.num_layers, plan.layout.pipeline * plan.chunks)
+    return [layer for piece in pieces[stage :: plan.layout.pipeline] for layer in piece]
 
 
 def has_ends(plan: Plan, stage: int) -> tuple[bool, bool]:
     """Whether a stage has the embedding, and whether it has the output layer."""
-    first, last = stage == 0, stage == plan.layout.pipeline - 1
-    if plan.schedule == "zero_bubble" and plan.chunks == 2:
-        last = first  # a V ends where it began
-    return first, last
+    return stage == 0, stage == plan.layout.pipeline - 1
 
 
 def _memory_of_stage(facts: ModelFacts, job: Job, plan: Plan, stage: int, device: str) -> Memory:
     layers = stage_layers(facts, plan, stage)
     first, last = has_ends(plan, stage)
     layout = plan.layout
-    placed = place(
-        facts, job, layers, first=first, last=last, tensor=layout.tensor, expert=layout.expert
-    )
+    placed = place(facts, job, layers, first=first, last=last, tensor=layout.tensor, expert=layout.expert)
     held, comm = _held(placed, job, plan)
     accumulates = plan.micro_batches(job) > 1
     whole = placed.dense + placed.experts + placed.ends
@@ -176,7 +165,7 @@ def _memory_of_stage(facts: ModelFacts, job: Job, plan: Plan, stage: int, device
             **base,
             gradients=held.gradients,
             copies=0.0,
-            activations=_update(job, whole) / (layout.shard if layout.shard > 1 else 1),
+            activations=_update(job, whole) / state_processes(job, plan),
             logits=0.0,
             communication=comm.always,
             framework=framework,
@@ -196,18 +185,17 @@ def _held(placed: Placed, job: Job, plan: Plan) -> tuple[State, _Communication]:
     """What stays from step to step after ZeRO has divided it, and what is gathered on the way."""
     layout = plan.layout
     whole = placed.dense + placed.experts + placed.ends
-    if layout.shard == 1:
+    shard = state_processes(job, plan)
+    if not uses_fsdp(plan):
         return whole, _Communication()
-    own = (placed.dense + placed.ends).scaled(1 / layout.shard)
-    # Experts are already divided; only what is left of the shard group divides them again.
-    own = own + placed.experts.scaled(1 / max(1.0, layout.shard / layout.expert))
+    own = (placed.dense + placed.ends).scaled(1 / shard)
+    # Experts are divided already; the replicas of a part of them share it, too.
+    replicas = layout.batch_ranks / layout.expert if layout.expert > 1 else shard
+    own = own + placed.experts.scaled(1 / replicas)
     width = 2.0 if job.gathers_bf16 or job.bf16_state else 4.0
     gathered, layer, ends = width * whole.values, placed.largest_layer, placed.ends
-    if plan.zero == 3:
-        # A layer, the next one that is gathered while it runs, and embedding and output layer all the time.
-        forward = width * (2 * layer.values + ends.values)
-    else:
-        forward = gathered
+    # Stage 3: a layer, the next one that is gathered meanwhile, embedding and output layer all the time.
+    forward = width * (2 * layer.values + ends.values) if plan.zero == 3 else gathered
     # Gradients of a layer as they come, and once more in the buffer that is sent.
     grads = 4.0 * (2 * layer.trainable + 2 * ends.trainable)
     if plan.zero == 1 and plan.micro_batches(job) > 1:
@@ -217,6 +205,19 @@ def _held(placed: Placed, job: Job, plan: Plan) -> tuple[State, _Communication]:
     if plan.offload:
         own = State(largest=own.largest)
     return own, _Communication(always, forward, forward + grads)
+
+
+def uses_fsdp(plan: Plan) -> bool:
+    """Whether weights are gathered before they are used: shared ones, and replicas of parts."""
+    layout = plan.layout
+    parts = max(layout.tensor, layout.pipeline, layout.expert)
+    return layout.shard > 1 or plan.offload or (layout.data > 1 and parts > 1)
+
+
+def state_processes(job: Job, plan: Plan) -> int:
+    """How many processes share the state of a replica."""
+    layout = plan.layout
+    return layout.shard * (layout.context if job.context_shares_state else 1)
 
 
 def _local_tokens(job: Job, plan: Plan) -> float:
@@ -231,12 +232,13 @@ def _activations(
     facts: ModelFacts, job: Job, plan: Plan, stage: int, layers: list[int], *, first: bool, last: bool
 ) -> float:
     layout, tokens = plan.layout, _local_tokens(job, plan)
+    kinds = Counter(facts.layers[index] for index in layers)
     per_token = sum(
-        layer_bytes(
-            saved_by_layer(facts, facts.layers[index], job, tensor=layout.tensor, sequence=plan.sequence),
-            job.checkpointing,
+        number
+        * layer_bytes(
+            saved_by_layer(facts, layer, job, tensor=layout.tensor, sequence=plan.sequence), job.checkpointing
         )
-        for index in layers
+        for layer, number in kinds.items()
     )
     micro_batches = max(1, plan.micro_batches(job))
     flying = in_flight(
@@ -265,18 +267,15 @@ def _one_layer(facts: ModelFacts, job: Job, plan: Plan, layers: list[int]) -> fl
     """What a layer has that is run again in the backward pass, with copies of its weights."""
     largest = max(
         layer_bytes(
-            saved_by_layer(
-                facts, facts.layers[index], job, tensor=plan.layout.tensor, sequence=plan.sequence
-            ),
-            "none",
+            saved_by_layer(facts, layer, job, tensor=plan.layout.tensor, sequence=plan.sequence), "none"
         )
-        for index in set(layers)
+        for layer in {facts.layers[index] for index in layers}
     )
     return largest * _local_tokens(job, plan)
 
 
 def _transient(facts: ModelFacts, job: Job, plan: Plan, layers: list[int]) -> float:
-    """Gradients of activations in the feed-forward's backward pass: three of its width, two of the model's."""
+    """Gradients of activations in a feed-forward's backward pass: three of its width, two of the model's."""
     inner = 0.0
     for index in layers:
         layer = facts.layers[index]
@@ -303,7 +302,9 @@ def _head_buffers(facts: ModelFacts, job: Job, plan: Plan, device: str) -> _Head
     chunk = min(tokens, _PARTS_OF_A_CHUNK * part)
     halved = job.width < res
     logits = job.width * chunk * words + (4 * part * words if job.width < 4 else 0)
-    inputs = 2 * res * tokens * hidden + (job.width * tokens * hidden if halved else 0)  # all, those that count
+    inputs = 2 * res * tokens * hidden + (
+        job.width * tokens * hidden if halved else 0
+    )  # all, those that count
     weight = job.width * words * hidden if halved else 0
     grad_input = res * tokens * hidden
     grad_weight = 4 * words * hidden if trained else 0
@@ -330,4 +331,4 @@ def _framework(plan: Plan, device: str) -> float:
     if device == "cpu":
         return 0.0
     groups = sum(size > 1 for size in plan.layout.sizes)
-    return _CONTEXT_BYTES[device] + math.ceil(groups) * _GROUP_BYTES
+    return _CONTEXT_BYTES[device] + groups * _GROUP_BYTES

@@ -6,6 +6,7 @@ gradients too, stage 3 weights too.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -121,7 +122,21 @@ def place(
 
     Norms are whole in every tensor process, and so are embedding and head but with ``vocabulary_split``.
     """
-    wanted = set(layers)
+    # What a step is cut into changes nothing here, and many cuts are asked for.
+    same = job.with_(sequence_length=1, batch_size=1, micro_batch_size=1, checkpointing="none")
+    return _place(facts, same, frozenset(layers), first, last, tensor, expert)
+
+
+@functools.lru_cache(maxsize=4096)
+def _place(
+    facts: ModelFacts,
+    job: Job,
+    layers: frozenset[int],
+    first: bool,
+    last: bool,
+    tensor: int,
+    expert: int,
+) -> Placed:
     dense, experts, ends = State(), State(), State()
     by_layer: dict[int, State] = {}
     for weight in facts.weights:
@@ -131,7 +146,7 @@ def place(
             if mine or (weight.part == "embedding" and last and facts.tied):
                 ends.add(weight, job, words)
             continue
-        if weight.layer not in wanted:
+        if weight.layer not in layers:
             continue
         is_expert = weight.part == "experts"
         divisor = (1 if weight.part == "norm" else tensor) * (expert if is_expert else 1)

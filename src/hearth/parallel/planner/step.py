@@ -8,10 +8,13 @@ from hearth.parallel.planner.collectives import Group, collective_seconds
 from hearth.parallel.planner.facts import ModelFacts
 from hearth.parallel.planner.hardware import Cluster
 from hearth.parallel.planner.job import Job
-from hearth.parallel.planner.memory import Plan, has_ends, stage_layers
+from hearth.parallel.planner.memory import Plan, has_ends, stage_layers, state_processes
 from hearth.parallel.planner.schedules import bubble_share
-from hearth.parallel.planner.state import place
+from hearth.parallel.planner.state import State, place
 from hearth.parallel.planner.work import (
+    HOST_BUS,
+    HOST_MEMORY,
+    UPDATE_BYTES,
     Seconds,
     boundary_bytes,
     head_seconds,
@@ -34,6 +37,7 @@ class Step:
     pipeline: float  # activations on their way to the next stage
     bubble: float
     data: float  # gradients and gathered weights
+    host: float  # with offload: weights and gradients over the bus, and the update on the processor
     update: float
     tokens: int
     model_flops: float  # of the whole step, as MFU counts them
@@ -50,6 +54,7 @@ class Step:
             + self.pipeline
             + self.bubble
             + self.data
+            + self.host
             + self.update
         )
 
@@ -70,7 +75,7 @@ class Step:
 
     def parts(self) -> dict[str, float]:
         """Seconds by name."""
-        names = ("compute", "tensor", "context", "expert", "pipeline", "bubble", "data", "update")
+        names = ("compute", "tensor", "context", "expert", "pipeline", "bubble", "data", "host", "update")
         return {name: getattr(self, name) for name in names}
 
 
@@ -98,11 +103,14 @@ def step_time(facts: ModelFacts, job: Job, plan: Plan, cluster: Cluster) -> Step
     )
     send = 0.0
     if layout.pipeline > 1:
-        bytes_ = boundary_bytes(facts, job, tokens=tokens)
+        bytes_ = boundary_bytes(facts, job, tokens=tokens) / (layout.tensor if plan.sequence else 1)
         once = collective_seconds("send", bytes_, Group.of(layout, "pipeline"), cluster)
         # Transfers run beside the passes of other micro-batches, but for those that fill and drain.
         send = 2 * plan.chunks * (layout.pipeline - 1) * once
     data, update = _data_seconds(facts, job, plan, cluster, slowest, micro_batches)
+    host = 0.0
+    if plan.offload:
+        host, update = _host_seconds(facts, job, plan, micro_batches), 0.0
     return Step(
         compute=micro_batches * slowest.total,
         tensor=micro_batches * tensor,
@@ -111,6 +119,7 @@ def step_time(facts: ModelFacts, job: Job, plan: Plan, cluster: Cluster) -> Step
         pipeline=send,
         bubble=share * micro_batches * each,
         data=data,
+        host=host,
         update=update,
         tokens=job.batch_size * job.sequence_length,
         model_flops=model_flops_per_token(facts, job.sequence_length) * job.batch_size * job.sequence_length,
@@ -173,14 +182,11 @@ def _data_seconds(
 ) -> tuple[float, float]:
     """What shows of gathering weights and adding up gradients; and the time of the update."""
     layout = plan.layout
-    placed = place(
-        facts, job, stage_layers(facts, plan, 0), first=True, last=layout.pipeline == 1,
-        tensor=layout.tensor, expert=layout.expert,
-    )  # fmt: skip
-    whole = placed.dense + placed.experts + placed.ends
+    whole = _first_stage(facts, job, plan)
     shard, data = Group.of(layout, "shard"), Group.of(layout, "data")
+    num_shards = state_processes(job, plan)
     update = update_seconds(
-        whole.trainable / layout.shard, (whole.optimizer + whole.average) / layout.shard, cluster.device
+        whole.trainable / num_shards, (whole.optimizer + whole.average) / num_shards, cluster.device
     )
     wire = 2.0 if job.bf16_reduce else 4.0
     exposed = 0.0
@@ -202,3 +208,25 @@ def _data_seconds(
         reduce += collective_seconds("all_reduce", size, Group.of(layout, "context"), cluster)
         exposed += max(reduce / max(1, facts.num_layers), reduce - passes.backward)
     return exposed, update
+
+
+def _host_seconds(facts: ModelFacts, job: Job, plan: Plan, micro_batches: int) -> float:
+    """Weights come over the bus for both passes, gradients go back, and the processor updates its share."""
+    share = _first_stage(facts, job, plan).scaled(1 / state_processes(job, plan))
+    moved = micro_batches * 4 * (2 * share.values + share.trainable) / HOST_BUS
+    updated = (UPDATE_BYTES * share.trainable + 2 * share.optimizer) / HOST_MEMORY
+    return moved + updated
+
+
+def _first_stage(facts: ModelFacts, job: Job, plan: Plan) -> State:
+    layout = plan.layout
+    placed = place(
+        facts,
+        job,
+        stage_layers(facts, plan, 0),
+        first=True,
+        last=layout.pipeline == 1,
+        tensor=layout.tensor,
+        expert=layout.expert,
+    )
+    return placed.dense + placed.experts + placed.ends

@@ -25,7 +25,10 @@ _MEMORY_EFFICIENCY = 0.8
 _KERNELS = {False: 150, True: 45}
 # Bytes that an update moves for a weight besides the state: weight and gradient read, weight written, and the
 # gradient twice for its norm and its clipping.
-_UPDATE_BYTES = 4 * 6
+UPDATE_BYTES = 4 * 6
+# With offload, for one device: its bus to the host (PCIe 4 x16, of which 80 % are reached), and its share of
+# the host's memory bandwidth (two sockets of eight DDR5-4800 channels, 614 GB/s, half of it reached, over 8).
+HOST_BUS, HOST_MEMORY = 25e9, 38e9
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ def layer_seconds(
     """Passes of ``tokens`` positions of a process through one layer, of which it has a part in ``tensor``."""
     layer = facts.layers[index]
     share = facts.experts_per_token / facts.num_experts if facts.num_experts else 0.0
-    dense = facts.count("attention", "dense", layers=[index]) / tensor
-    routed = share * facts.count("experts", layers=[index]) / tensor
+    dense = facts.count("attention", "dense", layer=index) / tensor
+    routed = share * facts.count("experts", layer=index) / tensor
     product = 2 * tokens * (dense + routed) / product_rate(job, device)
     attention = 2 * tokens * facts.query_width / tensor * _span(job, layer, context)
     attention /= ATTENTION_EFFICIENCY * device.matmul
@@ -111,7 +114,7 @@ def head_seconds(facts: ModelFacts, job: Job, device: Device, *, tokens: float, 
 
 def update_seconds(num_weights: float, state_bytes: float, device: Device) -> float:
     """An update of so many weights: memory traffic, with their state read and written."""
-    moved = _UPDATE_BYTES * num_weights + 2 * state_bytes
+    moved = UPDATE_BYTES * num_weights + 2 * state_bytes
     return moved / (_MEMORY_EFFICIENCY * device.bandwidth)
 
 

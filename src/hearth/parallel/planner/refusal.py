@@ -1,0 +1,119 @@
+"""A run that cannot fit is refused, with the change that would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NoReturn
+
+from hearth.errors import ConfigError
+from hearth.parallel.planner.choose import FILLED, describe_size, find_choices, legal_plans
+from hearth.parallel.planner.facts import ModelFacts
+from hearth.parallel.planner.hardware import GIB, Cluster
+from hearth.parallel.planner.job import Job
+from hearth.parallel.planner.memory import Memory, Plan, memory_of
+
+_MOST_DEVICES = 65_536
+
+
+def refuse(facts: ModelFacts, job: Job, cluster: Cluster, *, device: str = "cuda") -> NoReturn:
+    """Raise ConfigError: no layout over these devices fits. Its fix was tried, and fits."""
+    least = min(
+        (
+            memory_of(facts, job.with_(micro_batch_size=1, checkpointing="full"), plan, device=device)
+            for offload in (False, True)
+            for plan in legal_plans(facts, job, cluster, offload=offload)
+        ),
+        key=lambda memory: memory.total,
+    )
+    name, size = _largest(least)
+    raise ConfigError(
+        f"{describe_size(facts)} with {job.optimizer} and rows of {job.sequence_length:,} tokens do not fit "
+        f"{cluster.num_devices} x {cluster.device.memory / GIB:.1f} GiB in any layout: the least that a "
+        f"process needs is {least.total / GIB:.1f} GiB, of which {name} {size / GIB:.1f} GiB",
+        fix=_fix(facts, job, cluster, device),
+    )
+
+
+def check_fits(facts: ModelFacts, job: Job, plan: Plan, *, memory_bytes: int, device: str = "cuda") -> Memory:
+    """The memory of a run as its recipe says it. Raises ConfigError where it is more than a device has.
+
+    The fix is the first of these that is enough: recomputing activations, a smaller micro-batch, sharing
+    weights, an optimizer with less state, the memory of the host.
+    """
+    memory = memory_of(facts, job, plan, device=device)
+    room = FILLED * memory_bytes
+    if memory.total <= room:
+        return memory
+    fix = "more processes, each of which holds less"
+    for text, other_job, other_plan in _changes(job, plan):
+        if plan.micro_batches(job) and not other_plan.micro_batches(other_job):
+            continue
+        if memory_of(facts, other_job, other_plan, device=device).total <= room:
+            fix = text
+            break
+    name, size = _largest(memory)
+    raise ConfigError(
+        f"this run does not fit: a process needs {memory.total / GIB:.1f} GiB, and {FILLED:.0%} of "
+        f"{memory_bytes / GIB:.1f} GiB may be planned; {name} alone are {size / GIB:.1f} GiB",
+        fix=fix,
+    )
+
+
+def _changes(job: Job, plan: Plan) -> Iterator[tuple[str, Job, Plan]]:
+    """Ways to need less, the cheapest first; later ones include what came before."""
+    for mode in ("selective", "full"):
+        if job.checkpointing == "none" or (job.checkpointing == "selective" and mode == "full"):
+            less = job.with_(checkpointing=mode)
+            yield f"train.activation_checkpointing: {mode}", less, plan
+    small = job.micro_batch_size
+    while small > 1:
+        small = next(size for size in range(small - 1, 0, -1) if job.micro_batch_size % size == 0)
+        yield f"train.micro_batch_size: {small}", job.with_(micro_batch_size=small), plan
+    full = job.with_(checkpointing="full", micro_batch_size=1)
+    both = "train.activation_checkpointing: full and train.micro_batch_size: 1"
+    yield both, full, plan
+    layout = plan.layout
+    if layout.data > 1:
+        shared = replace(plan, layout=replace(layout, data=1, shard=layout.data * layout.shard), zero=3)
+        number = shared.layout.shard
+        yield f"parallel.shard: {number} with zero: 3, in place of replicas", job, shared
+        yield f"parallel.shard: {number} with zero: 3, and {both}", full, shared
+        plan = shared
+    elif layout.shard > 1 and plan.zero < 3:
+        shared = replace(plan, zero=3)
+        yield "parallel.zero: 3", job, shared
+        plan = shared
+    if job.optimizer in ("adamw", "muon", "lion"):
+        small_state = full.with_(optimizer="adamw8bit")
+        yield f"train.optimizer: adamw8bit, and {both}", small_state, plan
+    yield f"parallel.offload: cpu, and {both}", full, replace(plan, offload=True)
+
+
+def _fix(facts: ModelFacts, job: Job, cluster: Cluster, device: str) -> str:
+    if job.optimizer != "adamw8bit":
+        smaller = job.with_(optimizer="adamw8bit")
+        if find_choices(facts, smaller, cluster, device=device, modes=("full",))[0]:
+            return "train.optimizer: adamw8bit"
+    number = cluster.num_devices
+    while number < _MOST_DEVICES:
+        number *= 2
+        grown = replace(cluster, num_devices=number, per_node=min(number, max(8, cluster.per_node)))
+        rows = job.batch_size if job.batch_size % number == 0 else number
+        larger = job.with_(batch_size=max(job.batch_size, rows), micro_batch_size=1)
+        if find_choices(facts, larger, grown, device=device, modes=("full",))[0]:
+            batch = (
+                "" if larger.batch_size == job.batch_size else f", with train.batch_size: {larger.batch_size}"
+            )
+            return f"{number} devices of this size are enough{batch}"
+    length = job.sequence_length
+    while length > 128:
+        length //= 2
+        shorter = job.with_(sequence_length=length, micro_batch_size=1)
+        if find_choices(facts, shorter, cluster, device=device, modes=("full",))[0]:
+            return f"data.sequence_length: {length}"
+    return "use devices with more memory, or a smaller model"
+
+
+def _largest(memory: Memory) -> tuple[str, float]:
+    return max(memory.parts().items(), key=lambda part: part[1])
