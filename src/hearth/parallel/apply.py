@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hearth.config.parallel import ParallelSection
+from hearth.parallel.context import ContextParallel
 from hearth.parallel.pipeline import Pipeline, make_stages
 from hearth.parallel.sharding import LossModule, replicate, shard_weights
 from hearth.parallel.tensor import apply_tensor_parallel
@@ -23,28 +24,33 @@ class Parallelized:
 
     module: nn.Module | None
     pipeline: Pipeline | None = None
+    context: ContextParallel | None = None
 
 
-def parallelize(model: nn.Module, world: World, section: ParallelSection) -> Parallelized:
+def parallelize(
+    model: nn.Module, world: World, section: ParallelSection, *, sequence_length: int
+) -> Parallelized:
     """Spread ``model``. It stays what it is, with the names of its weights, which may become DTensors.
 
     Build the optimizer afterwards. Raises ConfigError for what cannot be combined or does not divide.
     """
     layout = world.layout
+    context = ContextParallel(model, world, sequence_length) if layout.context > 1 else None
     if layout.tensor > 1:
         apply_tensor_parallel(model, world)
     # DDP takes neither weights that are cut nor stages; a mesh of which one dimension is 1 is how FSDP2
     # replicates.
     sharded = layout.shard > 1 or section.offload == "cpu"
-    sharded = sharded or (layout.data > 1 and max(layout.tensor, layout.pipeline, layout.expert) > 1)
+    replicas = layout.data * layout.context
+    sharded = sharded or (replicas > 1 and max(layout.tensor, layout.pipeline, layout.expert) > 1)
     if layout.pipeline > 1:
         stages = make_stages(model, world, section)
         for stage in stages if sharded else ():
             shard_weights(stage, world, section)
-        return Parallelized(None, Pipeline(stages, world, section))
+        return Parallelized(None, Pipeline(stages, world, section), context)
     module = LossModule(model)
     if sharded:
         shard_weights(module, world, section)
-    elif layout.data > 1:
-        return Parallelized(replicate(module, world, section))
-    return Parallelized(module)
+    elif layout.data * layout.context > 1:
+        return Parallelized(replicate(module, world, section), context=context)
+    return Parallelized(module, context=context)

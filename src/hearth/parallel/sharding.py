@@ -61,10 +61,9 @@ def shard_weights(module: nn.Module, world: World, section: ParallelSection) -> 
             f"parallel.shard {section.shard}: this model has no decoder layers to share",
             fix="use a model of transformers, or shard: 1",
         )
-    names = ("data", "shard") if world.layout.data > 1 else ("shard",)
     exact = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if section.reduce == "bf16" else None)
     settings: dict[str, Any] = {
-        "mesh": world.mesh[names],
+        "mesh": world.sharding_mesh(),
         "reshard_after_forward": section.zero == 3,
         "mp_policy": exact,
         "offload_policy": _offload(section, world),
@@ -91,7 +90,7 @@ def _offload(section: ParallelSection, world: World) -> OffloadPolicy:
 def replicate(module: LossModule, world: World, section: ParallelSection) -> nn.Module:
     """Replicas whose gradients are added up while the backward pass goes on (torch's DDP)."""
     assert world.mesh is not None
-    group = world.mesh.get_group("data")
+    group = world.replica_group()
     # Buffers are the same everywhere and stay so; DDP would send them before every forward pass.
     buffers = [name for name, _ in module.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)

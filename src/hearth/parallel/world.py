@@ -68,6 +68,26 @@ class World:
                     dist.all_reduce(tensor, group=self.mesh.get_group(name))
         return tensor
 
+    def replica_group(self) -> Any:
+        """The processes whose gradients add up where weights are not sharded."""
+        assert self.mesh is not None
+        if self.layout.context == 1:
+            return self.mesh.get_group("data")
+        if self.layout.data == 1:
+            return self.mesh.get_group("context")
+        return self.mesh["data", "shard", "context"]._flatten("replicas").get_group()
+
+    def sharding_mesh(self) -> DeviceMesh:
+        """Over which weights are sharded; with a first dimension over which they are replicated, if any.
+
+        Processes of ``context`` share weights as those of ``shard`` do: they have the same ones.
+        """
+        assert self.mesh is not None
+        if self.layout.context == 1:
+            return self.mesh["data", "shard"] if self.layout.data > 1 else self.mesh["shard"]
+        both = self.mesh["shard", "context"]._flatten("shard_context")
+        return self.mesh["data", "shard_context"] if self.layout.data > 1 else both
+
     def whole_norm(self, norm: Tensor) -> Tensor:
         """The norm over all stages of a pipeline, from that of the stages of this process."""
         if self.layout.pipeline == 1:

@@ -22,6 +22,7 @@ from hearth.data.order import row_index
 from hearth.errors import DataError
 
 IGNORE = -100
+SEGMENTS = "segment_ids_of_all_positions"  # in the extras of a batch that has some of the positions alone
 # Rows that stand for all where a dataset has no fingerprint of its own.
 _FINGERPRINT_ROWS = 256
 
@@ -84,6 +85,18 @@ class Batch:
         extras = {name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()}
         sequences = None if self.sequences is None else self.sequences.to(device)
         return replace(self, **moved, extras=extras, sequences=sequences)
+
+    def at(self, positions_Q: Tensor) -> Batch:
+        """These positions of every row alone."""
+        names = ("input_ids_BT", "labels_BT", "position_ids_BT", "segment_ids_BT")
+        cut = {name: getattr(self, name)[:, positions_Q] for name in names}
+        return replace(
+            self,
+            **cut,
+            num_valid=int((cut["labels_BT"] != IGNORE).sum()),
+            num_tokens=int((cut["segment_ids_BT"] >= 0).sum()),
+            extras={**self.extras, SEGMENTS: self.segment_ids_BT},
+        )
 
 
 def _field(row: Any, name: str) -> Any:

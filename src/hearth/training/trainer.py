@@ -29,7 +29,7 @@ from hearth.parallel.pipeline import Inputs, Pipeline
 from hearth.parallel.sharding import synchronize_gradients
 from hearth.parallel.world import World
 from hearth.training import rng
-from hearth.training.batches import Batch, fingerprint_of, row_at, step_rows
+from hearth.training.batches import SEGMENTS, Batch, fingerprint_of, row_at, step_rows
 from hearth.training.callbacks import Callback
 from hearth.training.checkpoint import Checkpoint, Contents, Counters, Stateful, Weights, collect, restore
 from hearth.training.clipping import scale
@@ -157,7 +157,9 @@ class Trainer:
         if not trainable_parameters(self.model):
             raise ConfigError("no weight of the model trains", fix="unfreeze some, or add model.adapter")
         notice = set_up_execution(self.model, section, precision=self.precision, device=self.device)
-        self._parallel = parallelize(self.model, self.world, self.config.parallel)
+        self._parallel = parallelize(
+            self.model, self.world, self.config.parallel, sequence_length=self._sequence_length()
+        )
         self.updates = Updates(self.model, section, precision=self.precision)
         self.optimizer = self.updates.optimizer
         self.stateful: dict[str, Stateful] = self._stateful()
@@ -277,7 +279,7 @@ class Trainer:
         started = time.perf_counter()
         self.clock.phase("data")
         self.start_objective()
-        batches = self.objective.batches(self, step, self.step_rows(step))
+        batches = [self._own_positions(b) for b in self.objective.batches(self, step, self.step_rows(step))]
         counts = add_up(self.objective.counts(batch) for batch in batches)
         read = {_READ: float(sum(batch.num_tokens for batch in batches))}
         expected = self.world.sum_counts(counts | read)
@@ -327,6 +329,11 @@ class Trainer:
             scale(self.updates.gradients(), factor)
         return found.mean(), found.metric_means()
 
+    def _own_positions(self, batch: Batch) -> Batch:
+        """What of a batch this process trains on, where positions are spread over processes."""
+        context = self._parallel.context
+        return batch if context is None else batch.at(context.positions_Q)
+
     def _losses(self, batch: Batch) -> Losses:
         """The loss of a micro-batch that is on the device."""
 
@@ -334,6 +341,8 @@ class Trainer:
             losses = as_losses(self.compute_loss(model, batch))
             return dict(losses.sums), losses
 
+        if self._parallel.context is not None:
+            self._parallel.context.begin(batch.extras[SEGMENTS])
         with autocast(self.precision, self.device):
             sums, losses = self.run_model(losses_of)
         return dataclasses.replace(losses, sums=sums)
@@ -434,7 +443,7 @@ class Trainer:
         self.model.eval()
         with torch.no_grad(), self.updates.averaged():
             for batch in self.objective.evaluation_batches(self, self.eval_rows, rows):
-                found.add(self._losses(batch.to(self.device)))
+                found.add(self._losses(self._own_positions(batch).to(self.device)))
         found.reduce(self.world)
         self.model.train()
         if not found.any:
