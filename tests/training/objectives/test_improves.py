@@ -3,10 +3,10 @@
 A small model is pretrained on other dialogues; every objective starts from it, learns from hh-rlhf pairs, and
 is measured on pairs that the data pipeline holds out, by one measure for all: how often the answer that
 people prefer has become likelier than the other one, both against the model before (a reward model: has the
-higher score). Chance is one half. Of the 519 pairs (548 for the reward model, whose tokenizer is another) its standard
-error is 0.022: 0.55 is 2.3 of them above it, and what is reached where this was written, 0.563 to 0.592,
-leaves room for other processors' rounding. Rates, steps and bases were chosen among a few with these very
-pairs held out, so that a share is no estimate of what an objective reaches elsewhere.
+higher score). Chance is one half. Of the 519 pairs (548 for the reward model, whose tokenizer is another) its
+standard error is 0.022: 0.55 is 2.3 of them above it, and what is reached where this was written, 0.563 to
+0.592, leaves room for other processors' rounding. Rates, steps and bases were chosen among a few with these
+very pairs held out, so that a share is no estimate of what an objective reaches elsewhere.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def base(shared_data: Path, workspace: Workspace) -> Path:
 
 @pytest.fixture(scope="module")
 def base_of_rewards(pairs: Path, workspace: Workspace) -> Path:
-    """Has read both dialogues of all pairs, and favours none; a score needs a base that can read them."""
+    """Has read both dialogues of all pairs, and favours none: rewards do better on it, the others worse."""
     dialogues = workspace.root / "dialogues.jsonl"
     with gzip.open(pairs, "rt", encoding="utf-8") as rows, dialogues.open("w", encoding="utf-8") as file:
         for row in map(json.loads, rows):
