@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from hearth.cli.after_training import how_to_use
+from hearth.config import Recipe, to_dict
 from hearth.evaluation import parity
 from hearth.workspace import Workspace
 
@@ -127,6 +128,16 @@ def test_the_last_line_fits_what_was_learnt(
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
     recipe = {"train": {"objective": objective}, "data": {"sources": [{"format": source}]}}
     assert expected in how_to_use("tiny@1", tmp_path, recipe)
+
+
+@pytest.mark.parametrize(("base", "expected"), [(None, "<|fim_middle|>'"), ("coder", "Once upon a time'")])
+def test_who_fills_in_is_asked_with_the_marks_of_its_tokenizer(
+    tmp_path: Path, base: str | None, expected: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"]}))
+    data = {"sources": [{"path": "code"}], "fim": {"rate": 0.5}}
+    recipe = Recipe.model_validate({"model": {"base": base}, "data": data})
+    assert how_to_use("tiny@1", tmp_path, to_dict(recipe)).endswith(expected)
 
 
 def test_one_run_says_that_it_leaves_the_sweep_aside(hearth: Run, recipe: Path) -> None:

@@ -219,9 +219,11 @@ def test_what_is_not_bitwise_is_said(
     train_parts: MakeTrainer, workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = interrupted(train_parts, workspace)
-    train_parts(resume=run.id, train={"micro_batch_size": 4}).fit()
+    other = {"micro_batch_size": 4, "beta2": 0.5}
+    train_parts(resume=run.id, train=other).fit()
     said = capsys.readouterr().err
     assert "does not go on bit for bit as it would have: micro_batch_size (2 then, 4 now)" in said
+    assert "train.beta2 (0.95 then, 0.5 now)" in said
 
 
 def test_all_damaged(train_parts: MakeTrainer, workspace: Workspace) -> None:

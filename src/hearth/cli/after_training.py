@@ -61,6 +61,11 @@ def how_to_use(model: str, directory: Path, recipe: Mapping[str, Any]) -> str:
     formats = {source["format"] for source in recipe["data"]["sources"]}
     if formats & _CONVERSATIONS or recipe["train"]["objective"] == "sft":
         return f"try it: hearth chat {model}"
+    if (
+        recipe["data"].get("fim") is not None
+        and recipe["model"]["base"] is recipe["tokenizer"]["base"] is None
+    ):
+        return f"try it: hearth generate {model} '<|fim_prefix|>def <|fim_suffix|>    return a<|fim_middle|>'"
     return f"try it: hearth generate {model} 'Once upon a time'"
 
 

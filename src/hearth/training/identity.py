@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from hearth.models import resolve_reference
 from hearth.version import __version__
 
 if TYPE_CHECKING:
+    from hearth.config.recipe import TrainSection
     from hearth.training.checkpoint import Checkpoint
     from hearth.training.trainer import Trainer
 
@@ -36,6 +38,7 @@ _MEANINGS = {
 }
 
 _INEXACT = ("precision", "micro_batch_size", "device", "torch", "transformers")
+_WATCHING = ("evaluate_every", "evaluate_rows", "log_every", "profile_steps", "max_skipped_steps")
 # A base is recognised by this many bytes at this many places of each of its files.
 _SAMPLE_BYTES, _NUM_SAMPLES = 4096, 256
 
@@ -60,6 +63,7 @@ class Identity:
     precision: str
     micro_batch_size: int | str
     device: str
+    settings: Mapping[str, Any]  # those of train that decide what is learnt, by key
 
     def as_dict(self) -> dict[str, Any]:
         """For the checkpoint, with the versions of the libraries."""
@@ -75,11 +79,10 @@ class Identity:
         """What differs that is allowed, but after which a run does not go on bit for bit as it would have."""
         saved = {**checkpoint.state["identity"], **checkpoint.state["versions"]}
         now = {**asdict(self), **self.as_dict()["versions"]}
-        return [
-            f"{name} ({saved.get(name)} then, {now[name]} now)"
-            for name in _INEXACT
-            if saved.get(name) != now[name]
-        ]
+        settings = saved["settings"]
+        pairs = [(name, saved.get(name), now[name]) for name in _INEXACT]
+        pairs += [(f"train.{key}", settings.get(key), value) for key, value in self.settings.items()]
+        return [f"{name} ({then} then, {value} now)" for name, then, value in pairs if then != value]
 
     def require_match(self, checkpoint: Checkpoint) -> None:
         """Raise ConfigError that names what differs. A changed number of steps or rate is allowed."""
@@ -127,7 +130,22 @@ def identity_of(trainer: Trainer) -> Identity:
         precision=trainer.precision,
         micro_batch_size=config.train.micro_batch_size,  # what auto has found is in the checkpoint
         device=trainer.device.type,
+        settings=_settings(train),
     )
+
+
+def _settings(train: TrainSection) -> dict[str, Any]:
+    """The values of ``train`` by key, without what other fields hold and what only watches."""
+
+    def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    left_out = {*_WATCHING, *_MEANINGS, *_INEXACT}
+    return {key: value for key, value in flat(train.model_dump(mode="json")) if key not in left_out}
 
 
 def shapes_hash(model: Any) -> str:
@@ -140,7 +158,7 @@ def shapes_hash(model: Any) -> str:
 def base_hash(directory: Path) -> str:
     """SHA-256 of the weight files of a model directory, by their sizes and evenly spaced samples of them.
 
-    A base of many gigabytes is recognised in an instant; a fine-tuned version of it differs in every sample.
+    A base of many gigabytes is recognised in an instant; in a fine-tuned version most of them differ.
     """
     digest = hashlib.sha256()
     for path in sorted(p for pattern in ("*.safetensors", "*.bin") for p in directory.glob(pattern)):

@@ -14,9 +14,15 @@ PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for; else the GPU when there is one, else the CPU."""
+    """The device asked for; else the GPU when there is one, else the CPU.
+
+    A GPU that is asked for by number becomes the current one: its random state is the one that is saved.
+    """
     if device is not None:
-        return torch.device(device)
+        chosen = torch.device(device)
+        if chosen.type == "cuda" and chosen.index is not None:
+            torch.cuda.set_device(chosen)
+        return chosen
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -183,9 +183,8 @@ class Session:
             )
         limit = f"too long for data.sequence_length {self.config.data.sequence_length}"
         if plan.num_dropped:
-            self.progress.warn(
-                f"{plan.num_dropped} documents are left out, {limit}: raise it, or data.truncate"
-            )
+            fix = "raise it" if self.config.data.truncate else "raise it, or set data.truncate"
+            self.progress.warn(f"{plan.num_dropped} documents are left out, {limit}: {fix}")
         if plan.num_truncated:
             self.progress.warn(f"{plan.num_truncated} documents are cut off, {limit}")
 

@@ -23,7 +23,7 @@ def add_up(counts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 def as_losses(found: Losses | tuple[Tensor, float]) -> Losses:
     """What a ``compute_loss`` returned; a pair is a sum over tokens and their number."""
-    return found if isinstance(found, Losses) else Losses.of_tokens(found[0], int(found[1]))
+    return found if isinstance(found, Losses) else Losses.of_tokens(found[0], found[1])
 
 
 class LossTotals:

@@ -287,7 +287,8 @@ class Trainer:
         if not any(expected.values()):
             raise TrainingError(
                 f"no token counts in step {step + 1}: every label of its rows is masked",
-                fix="look at the masks with `hearth data inspect --masks`, or raise train.batch_size",
+                fix="look at `hearth data inspect RECIPE --masks`; where data.truncate cuts the answers "
+                "off raise data.sequence_length, where they are few train.batch_size",
             )
         lr = self.learning_rate(step)
         self.model.train()

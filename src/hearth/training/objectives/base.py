@@ -40,7 +40,7 @@ class Losses:
     metrics: Mapping[str, tuple[Tensor | float, float]] = field(default_factory=dict)
 
     @classmethod
-    def of_tokens(cls, loss: Tensor, num_tokens: int) -> Losses:
+    def of_tokens(cls, loss: Tensor, num_tokens: float) -> Losses:
         """The loss of an objective that only counts tokens."""
         return cls({TOKENS: loss}, {TOKENS: num_tokens})
 
