@@ -12,6 +12,7 @@ from hearth.errors import ConfigError
 if TYPE_CHECKING:
     from hearth.config import Recipe
     from hearth.parallel.planner import Cluster, Planning
+    from hearth.parallel.planner.job import Precision
 
 _GIB = 1 << 30
 
@@ -88,7 +89,7 @@ def _cluster(
     interconnect: str | None,
     per_node: int | None,
     price: float | None,
-) -> tuple[Cluster, str]:
+) -> tuple[Cluster, Precision]:
     """The devices, and the arithmetic that train.precision: auto means on them."""
     from hearth.parallel.planner.hardware import make_cluster, parse_bytes
 

@@ -44,7 +44,7 @@ def saved_by_layer(
     hidden = facts.hidden_size
     queries, keys = facts.query_width / tensor, facts.key_width / tensor
     heads = facts.num_heads / tensor
-    has_mask = job.isolated or layer.window is not None
+    has_mask = job.isolated or (layer.window is not None and layer.window < job.sequence_length)
     # A mask keeps torch from sharing keys between queries: they are repeated for every head.
     repeated = queries if has_mask else keys
     copies = w < res  # each linear layer makes a half-precision input of its own
@@ -64,7 +64,7 @@ def saved_by_layer(
         each = (res + (w if copies else res)) if w < 4 else 2 * w
         own.append(Saved("norms of q and k", each * (queries + keys) + 4 * (heads + heads), _NONE))
     if has_mask:
-        own.append(Saved("mask as numbers", float(w * job.sequence_length), _NONE | _SELECTIVE))
+        own.append(Saved("mask as numbers", float(w * job.sequence_length), _NONE))
     if job.eager_attention:
         own.append(Saved("scores and probabilities", 5.0 * job.sequence_length * heads, _NONE))
     if inner:
@@ -82,7 +82,7 @@ def saved_by_layer(
         wide = res
         width = layer.expert_inner / tensor
         own += [
-            Saved("input of the router", w * hidden * (1 if copies else 0) + 12.0 * facts.num_experts, _NONE),
+            Saved("input of the router", w * hidden + 12.0 * facts.num_experts, _NONE),
             Saved("tokens of the experts", experts * wide * 2.0 * hidden, _NONE),
             Saved("inside of the experts", experts * wide * 4.0 * width, _NONE),
             Saved("products of the experts", experts * wide * (2 * width + hidden), _SELECTIVE),
@@ -94,3 +94,14 @@ def saved_by_layer(
 def layer_bytes(saved: list[Saved], mode: str) -> float:
     """Bytes for one token under a mode of activation checkpointing."""
     return sum(tensor.bytes_per_token for tensor in saved if mode in tensor.kept_by)
+
+
+def recomputed_bytes(saved: list[Saved], mode: str) -> float:
+    """What a layer has besides for one token while it runs again: all, less what selective has kept."""
+    whole = layer_bytes(saved, "none")
+    if mode == "none":
+        return 0.0
+    if mode == "full":
+        return whole
+    kept = {"result of attention": 1.0, "inside of the feed-forward": 0.5, "inside of the experts": 0.5}
+    return whole - sum(tensor.bytes_per_token * kept.get(tensor.name, 0.0) for tensor in saved)

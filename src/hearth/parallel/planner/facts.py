@@ -140,7 +140,6 @@ def facts_of_config(config: Any) -> ModelFacts:
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
     experts = experts or getattr(text, "n_routed_experts", None) or 0
     tied = "head" not in {weight.part for weight in weights}
-    in_first = [weight for weight in weights if weight.layer == 0 and weight.part == "norm"]
     return ModelFacts(
         model_type=config.model_type,
         hidden_size=hidden,
@@ -153,7 +152,7 @@ def facts_of_config(config: Any) -> ModelFacts:
         tied=tied,
         gated=any("gate" in name and "proj" in name for name in names),
         qk_norm=any(name.endswith(("q_norm.weight", "k_norm.weight")) for name in names),
-        num_norms=max(1, sum(weight.shape == (hidden,) for weight in in_first) // _tensors_of_a_norm(names)),
+        num_norms=_num_norms(model, hidden),
         layers=tuple(_layer(text, weights, index) for index in range(num_layers)),
         weights=weights,
     )
@@ -212,9 +211,14 @@ def _weights(model: Any) -> Iterable[Weight]:
         yield Weight(part, int(match[1]), shape)
 
 
-def _tensors_of_a_norm(names: list[str]) -> int:
-    """A layer norm has a bias, too."""
-    return 2 if any(re.search(r"norm\w*\.bias$|ln_\d\.bias$", name) for name in names) else 1
+def _num_norms(model: Any, hidden: int) -> int:
+    """Norms of the hidden size in the first layer; their biases, and those of products, do not count."""
+    found = 0
+    for name, parameter in model.named_parameters():
+        match = _LAYER.search(name)
+        norm = re.search(r"(norm\w*|ln_?\d*)\.weight$", name)
+        found += bool(match and match[1] == "0" and norm and tuple(parameter.shape) == (hidden,))
+    return max(1, found)
 
 
 def _layer(text: Any, weights: tuple[Weight, ...], index: int) -> Layer:
@@ -228,19 +232,11 @@ def _layer(text: Any, weights: tuple[Weight, ...], index: int) -> Layer:
     ]
     routers = {getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")}
     inner = max((width for width in widths if width not in routers and width > 1), default=0)
-    expert_inner = 0
-    for weight in mine:
-        if weight.part == "experts" and len(weight.shape) >= 2:
-            expert_inner = max(expert_inner, _expert_width(weight.shape, hidden))
+    has_experts = any(weight.part == "experts" for weight in mine)
+    expert_inner = (
+        getattr(text, "moe_intermediate_size", None) or text.intermediate_size if has_experts else 0
+    )
     return Layer(inner, expert_inner, _window(text, index))
-
-
-def _expert_width(shape: tuple[int, ...], hidden: int) -> int:
-    """The inner width, from the matrix that leads out of it; gate and up may lie in one, twice as wide."""
-    rows, columns = shape[-2:]
-    if rows == hidden:
-        return columns if len(shape) == 2 or columns != 2 * hidden else hidden
-    return 0
 
 
 def _window(text: Any, index: int) -> int | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from hearth.config.parallel import ParallelSection
 from hearth.parallel.layout import Layout
 from hearth.parallel.pipeline import divide_layers
-from hearth.parallel.planner.activations import layer_bytes, residual_width, saved_by_layer
+from hearth.parallel.planner.activations import layer_bytes, recomputed_bytes, residual_width, saved_by_layer
 from hearth.parallel.planner.facts import ModelFacts
 from hearth.parallel.planner.job import Job
 from hearth.parallel.planner.schedules import in_flight
@@ -79,7 +79,7 @@ class Memory:
     @property
     def total(self) -> float:
         """All of it."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(self.parts().values())
 
     @property
     def tensors(self) -> float:
@@ -128,7 +128,7 @@ def _memory_of_stage(facts: ModelFacts, job: Job, plan: Plan, stage: int, device
     base = {"weights": held.weights, "optimizer": held.optimizer, "average": held.average}
     framework = _framework(plan, device)
     layer_peak = _transient(facts, job, plan, layers)
-    recomputed = _one_layer(facts, job, plan, layers) if job.checkpointing != "none" else 0.0
+    recomputed = _one_layer(facts, job, plan, layers)
     moments = [
         # while logits are made
         Memory(
@@ -264,10 +264,11 @@ def _activations(
 
 
 def _one_layer(facts: ModelFacts, job: Job, plan: Plan, layers: list[int]) -> float:
-    """What a layer has that is run again in the backward pass, with copies of its weights."""
+    """What a layer has while it is run again in the backward pass."""
     largest = max(
-        layer_bytes(
-            saved_by_layer(facts, layer, job, tensor=plan.layout.tensor, sequence=plan.sequence), "none"
+        recomputed_bytes(
+            saved_by_layer(facts, layer, job, tensor=plan.layout.tensor, sequence=plan.sequence),
+            job.checkpointing,
         )
         for layer in {facts.layers[index] for index in layers}
     )
