@@ -16,7 +16,7 @@ from hearth.parallel.planner.memory import Memory, Plan, memory_of
 from hearth.parallel.planner.step import Step, step_time
 
 # Of the memory of a device the planner fills so much; the rest is for what its formulas do not know.
-FILLED = 0.92
+FILLED = 0.95
 # Among layouts whose steps are this close the simplest is taken: the estimate is not better than that.
 _CLOSE = 1.05
 # Sequences from this length on may be cut over processes.

@@ -8,7 +8,7 @@ optimizer works with). The memory is that of the largest, part by part.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from hearth.config.parallel import ParallelSection
 from hearth.parallel.layout import Layout
@@ -27,10 +27,11 @@ _VOCAB_SLICE = 8192
 _WHOLE_LOGIT_BYTES = 12
 # Values that 8-bit AdamW works on at a time, and tensors of that many float32 values that it has then.
 _CHUNK_8BIT, _TENSORS_8BIT = 1 << 20, 9
-# Of a GPU's memory: the context of CUDA and its kernels, NCCL's buffers, and what the allocator cannot use
-# because it lies in pieces (torchtitan's rows of docs/planner.md leave 3 to 6 % of it).
-_CONTEXT_BYTES = {"cpu": 0, "cuda": 1 << 30}
-_GROUP_BYTES = 256 << 20
+# Of a GPU's memory: the context of CUDA and its kernels, NCCL's buffers for each kind of group, and what the
+# allocator holds but cannot use, because it lies in pieces: a tenth of what is allocated, from torchtitan's
+# rows in docs/planner.md, which are of reserved memory.
+_CONTEXT_BYTES, _GROUP_BYTES = 1 << 30, 256 << 20
+_PIECES = 0.1
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,6 @@ def _memory_of_stage(facts: ModelFacts, job: Job, plan: Plan, stage: int, device
     kept_copies = copies if job.checkpointing == "none" else 0.0
     early = held.gradients if accumulates else 0.0
     base = {"weights": held.weights, "optimizer": held.optimizer, "average": held.average}
-    framework = _framework(plan, device)
     layer_peak = _transient(facts, job, plan, layers)
     recomputed = _one_layer(facts, job, plan, layers)
     moments = [
@@ -138,7 +138,7 @@ def _memory_of_stage(facts: ModelFacts, job: Job, plan: Plan, stage: int, device
             activations=acts,
             logits=head.forward,
             communication=comm.forward,
-            framework=framework,
+            framework=0.0,
         ),
         # the last layer's backward pass
         Memory(
@@ -148,7 +148,7 @@ def _memory_of_stage(facts: ModelFacts, job: Job, plan: Plan, stage: int, device
             activations=acts + layer_peak + recomputed,
             logits=head.kept if facts.tied else 0.0,
             communication=comm.backward,
-            framework=framework,
+            framework=0.0,
         ),
         # the first layer's, and the embedding's
         Memory(
@@ -158,7 +158,7 @@ def _memory_of_stage(facts: ModelFacts, job: Job, plan: Plan, stage: int, device
             activations=layer_peak,
             logits=head.kept if facts.tied else 0.0,
             communication=comm.backward,
-            framework=framework,
+            framework=0.0,
         ),
         # the update
         Memory(
@@ -168,10 +168,11 @@ def _memory_of_stage(facts: ModelFacts, job: Job, plan: Plan, stage: int, device
             activations=_update(job, whole) / state_processes(job, plan),
             logits=0.0,
             communication=comm.always,
-            framework=framework,
+            framework=0.0,
         ),
     ]
-    return max(moments, key=lambda memory: memory.total)
+    fullest = max(moments, key=lambda memory: memory.total)
+    return replace(fullest, framework=_framework(plan, device, fullest.tensors))
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _held(placed: Placed, job: Job, plan: Plan) -> tuple[State, _Communication]:
     layout = plan.layout
     whole = placed.dense + placed.experts + placed.ends
     shard = state_processes(job, plan)
-    if not uses_fsdp(plan):
+    if not uses_fsdp(job, plan):
         return whole, _Communication()
     own = (placed.dense + placed.ends).scaled(1 / shard)
     # Experts are divided already; the replicas of a part of them share it, too.
@@ -207,11 +208,11 @@ def _held(placed: Placed, job: Job, plan: Plan) -> tuple[State, _Communication]:
     return own, _Communication(always, forward, forward + grads)
 
 
-def uses_fsdp(plan: Plan) -> bool:
+def uses_fsdp(job: Job, plan: Plan) -> bool:
     """Whether weights are gathered before they are used: shared ones, and replicas of parts."""
     layout = plan.layout
     parts = max(layout.tensor, layout.pipeline, layout.expert)
-    return layout.shard > 1 or plan.offload or (layout.data > 1 and parts > 1)
+    return state_processes(job, plan) > 1 or plan.offload or (layout.data > 1 and parts > 1)
 
 
 def state_processes(job: Job, plan: Plan) -> int:
@@ -328,8 +329,8 @@ def _update(job: Job, whole: State) -> float:
     return 0.0
 
 
-def _framework(plan: Plan, device: str) -> float:
+def _framework(plan: Plan, device: str, tensors: float) -> float:
     if device == "cpu":
         return 0.0
     groups = sum(size > 1 for size in plan.layout.sizes)
-    return _CONTEXT_BYTES[device] + groups * _GROUP_BYTES
+    return _CONTEXT_BYTES + groups * _GROUP_BYTES + _PIECES * tensors

@@ -10,8 +10,9 @@ from hearth.parallel.planner.hardware import Device
 from hearth.parallel.planner.job import Job
 
 # Share of the best rate of a product that those of a model reach: its matrices are not the best shapes, and
-# devices that are busy for long run slower than in a short measurement.
-PRODUCT_EFFICIENCY = 0.85
+# devices that are busy for long run slower than in a short measurement. One number for every device and
+# model, the round one that is nearest to all published runs in docs/planner.md together.
+PRODUCT_EFFICIENCY = 0.8
 # Attention runs at about half the rate of products (Dao 2023, "FlashAttention-2", figures 4 to 7; Shah et al.
 # 2024, "FlashAttention-3", figure 5, for version 2 on an H100: 35 to 40 % of the peak).
 ATTENTION_EFFICIENCY = 0.5
