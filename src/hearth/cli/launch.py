@@ -184,13 +184,16 @@ def _spec(
         )
     if gpus_per_node is not None and gpus_per_node < 0:
         raise ConfigError(f"--gpus-per-node {gpus_per_node} is less than 0")
+    if backend.name == "torchrun" and name is None and (nodes or 1) > 1:
+        raise ConfigError(
+            "--on torchrun with several nodes needs --name", fix="give all nodes the same --name"
+        )
     each = next((n for n in (processes, processes_per_node, gpus_per_node or None) if n is not None), 1)
-    known = {**getattr(backend, "OPTIONS", {})}
     return JobSpec(
         name=_checked_name(name, recipe),
         recipe=None if recipe is None else str(Path(recipe).absolute()),
         overrides=overrides,
-        workspace=workspace or str(workspace_root()),
+        workspace=workspace or backend.WORKSPACE or str(workspace_root()),
         nodes=1 if nodes is None else nodes,
         processes=each,
         environment=tuple(parse_pairs(environment, "--env").items()),
@@ -201,7 +204,7 @@ def _spec(
         ),
         time_limit=None if time_limit is None else parse_duration(time_limit),
         requeue=not no_requeue,
-        options=tuple(parse_pairs(options, f"--on {backend.name} --option", allowed=known).items()),
+        options=tuple(parse_pairs(options, f"--on {backend.name} --option", allowed=backend.OPTIONS).items()),
         **rest,
     )
 

@@ -1,8 +1,8 @@
 """Which process of a group failed first, and of what. Pure.
 
 One that dies takes the others with it: their connections break within milliseconds, and they may be gone
-before the culprit has finished to complain. A process that only lost a connection is therefore not blamed while
-another has something else to say.
+before the culprit has finished to complain. A process that only lost a connection is therefore not blamed
+while another has something else to say.
 """
 
 from __future__ import annotations

@@ -108,8 +108,9 @@ def read_beats(run_dir: Path) -> dict[int, Beat]:
 
 
 def announce_run(job_dir: Path, run: JobRun) -> None:
-    """Tell the launcher which run its job executes. A folder that is not there is no reason to stop."""
+    """Tell the launcher which run its job executes. A folder that cannot be written is no reason to stop."""
     with contextlib.suppress(OSError):
+        job_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(job_dir / _RUN_FILE, json.dumps({"id": run.id, "dir": str(run.dir.absolute())}))
 
 

@@ -1,7 +1,7 @@
 """Where a process hangs: Python stacks of all its threads, written when it gets SIGUSR1.
 
 faulthandler writes them from the signal handler itself, in C: also while the main thread waits in a
-collective and no Python code runs. Only a process that is stopped (SIGSTOP) or waits in the kernel cannot answer.
+collective and no Python code runs. A process that is stopped (SIGSTOP) or waits in the kernel cannot answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is wrong with a group of processes, from heartbeats, exit codes and a clock. Pure; no process is touched.
+"""What is wrong with a group of processes, by heartbeats, exit codes and a clock. Pure.
 
 Times are seconds of the watcher's own monotonic clock. When a heartbeat was heard counts, not when it says it
 was written: clocks of other machines may be wrong, and any clock may be set while a job runs.

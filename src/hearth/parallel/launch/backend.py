@@ -54,6 +54,7 @@ class Backend(Protocol):
 
     name: ClassVar[str]
     OPTIONS: ClassVar[Mapping[str, str]]  # settings of its own, with their help
+    WORKSPACE: ClassVar[str | None]  # where processes see the workspace, if not where we do
 
     def render(self, spec: JobSpec) -> Rendered:
         """What would be submitted. Raises ConfigError for what this backend cannot do."""

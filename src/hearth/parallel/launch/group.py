@@ -36,26 +36,25 @@ class _Child:
 
 
 class LocalGroup:
-    """``world_size`` processes with torchrun's variables; a context manager that leaves none behind."""
+    """Processes, ``places`` with torchrun's variables of each; a context manager that leaves none behind."""
 
     def __init__(
         self,
         command: Sequence[str],
-        world_size: int,
+        places: Mapping[int, Mapping[str, str]],
         *,
-        port: int,
         directory: Path,
         environ: Mapping[str, str],
     ) -> None:
         self._children: dict[int, _Child] = {}
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            for rank in range(world_size):
-                self._children[rank] = _start(command, rank, world_size, port, directory, environ)
+            for rank, place in places.items():
+                self._children[rank] = _start(command, rank, {**environ, **place}, directory)
         except OSError as error:
             self.kill()
             raise TrainingError(
-                f"process {len(self._children)} of {world_size} could not be started: {error}",
+                f"process {len(self._children)} of {len(places)} could not be started: {error}",
                 fix="start fewer processes, or raise the limits of this machine (ulimit -u, -n)",
             ) from error
 
@@ -144,14 +143,9 @@ class LocalGroup:
         self.kill()
 
 
-def _start(
-    command: Sequence[str], rank: int, world_size: int, port: int, directory: Path, environ: Mapping[str, str]
-) -> _Child:
+def _start(command: Sequence[str], rank: int, environ: Mapping[str, str], directory: Path) -> _Child:
     log, stacks_file = directory / f"rank-{rank}.log", directory / f"rank-{rank}.stacks"
-    place = {
-        **rank_variables(rank, world_size, local_rank=rank, local_size=world_size, node=0),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+    own = {
         LIFELINE_VARIABLE: "stdin",
         stacks.STACKS_VARIABLE: str(stacks_file),
         "PYTHONUNBUFFERED": "1",  # the last line before a death is the one that counts
@@ -163,7 +157,7 @@ def _start(
             stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**environ, **place},
+            env={**environ, **own},
             start_new_session=True,
         )
     child = _Child(process, log, stacks_file, time.monotonic())
@@ -176,16 +170,17 @@ def _start(
     return child
 
 
-def rank_variables(
-    rank: int, world_size: int, *, local_rank: int, local_size: int, node: int
-) -> dict[str, str]:
-    """Torchrun's variables of one process, but for the address of rank 0."""
+def place_of(rank: int, *, nodes: int, processes: int, address: str, port: int) -> dict[str, str]:
+    """Torchrun's variables of one process; ``address`` and ``port`` are where rank 0 listens."""
+    node, local_rank = divmod(rank, processes)
     return {
         "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
+        "WORLD_SIZE": str(nodes * processes),
         "LOCAL_RANK": str(local_rank),
-        "LOCAL_WORLD_SIZE": str(local_size),
+        "LOCAL_WORLD_SIZE": str(processes),
         "GROUP_RANK": str(node),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
     }
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hearth.errors import NotFoundError, StorageError
+from hearth.errors import ConflictError, NotFoundError, StorageError
 from hearth.parallel.health.heartbeat import JobRun, read_run, write_atomically
 from hearth.parallel.launch.spec import JobSpec, Rendered, State
 
@@ -71,8 +71,15 @@ class JobStore:
     def create(self, backend: str, spec: JobSpec, rendered: Rendered) -> Job:
         """Record a job and what will be submitted."""
         job = Job(self.root / spec.name, backend, spec, time.time())
+        # The nodes of one job on torchrun, each of which is told of it, share its folder.
+        shared = backend == "torchrun" and spec.nodes > 1
+        if (job.dir / "job.json").exists() and not shared:
+            raise ConflictError(
+                f"there is a job {spec.name} already, of {time.ctime(self._load(job.dir).created)}",
+                fix="choose another --name, or leave it out",
+            )
         try:
-            (job.dir / "rendered").mkdir(parents=True)
+            (job.dir / "rendered").mkdir(parents=True, exist_ok=True)
             for name, text in rendered.files.items():
                 (job.dir / "rendered" / name).write_text(text, encoding="utf-8")
         except OSError as error:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from hearth.errors import ConfigError
 from hearth.parallel.health.watch import Policy
 from hearth.parallel.launch.backend import JobStatus, Submitted, Watch
-from hearth.parallel.launch.group import LocalGroup, free_port, require_free
+from hearth.parallel.launch.group import LocalGroup, free_port, place_of, require_free
 from hearth.parallel.launch.jobs import Job
 from hearth.parallel.launch.spec import JobSpec, Rendered
 from hearth.parallel.launch.supervise import Group, Outcome, Patience, StopRequest, supervise
@@ -35,6 +35,7 @@ class LocalBackend:
     """Processes of this machine; ``submit`` returns at their end."""
 
     name: ClassVar[str] = "local"
+    WORKSPACE: ClassVar[str | None] = None
     OPTIONS: ClassVar[Mapping[str, str]] = {"port": "port of rank 0 (a free one)", **WATCH_OPTIONS}
 
     def __init__(self, start: Sequence[str] = START) -> None:
@@ -72,7 +73,7 @@ class LocalBackend:
         def start(attempt: int) -> AbstractContextManager[Group]:
             port = free_port() if fixed is None else int(fixed)
             where = directory / f"attempt-{attempt}"
-            group = LocalGroup(command, spec.world_size, port=port, directory=where, environ=environ)
+            group = LocalGroup(command, places(spec, "127.0.0.1", port), directory=where, environ=environ)
             handle.update(pids=list(group.pids.values()), attempt=attempt)
             watch.started(handle)
             return group
@@ -99,6 +100,12 @@ class LocalBackend:
         threads = max(1, (os.cpu_count() or 1) // spec.processes)
         defaults = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
         return {**defaults, **spec.variables()}
+
+
+def places(spec: JobSpec, address: str, port: int) -> dict[int, dict[str, str]]:
+    """Torchrun's variables of every rank of a job."""
+    size = {"nodes": spec.nodes, "processes": spec.processes}
+    return {rank: place_of(rank, **size, address=address, port=port) for rank in range(spec.world_size)}
 
 
 def patience_of(spec: JobSpec) -> Patience:

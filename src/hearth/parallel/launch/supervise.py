@@ -1,7 +1,7 @@
 """Keep a job running: watch its processes, tell what went wrong, kill and restart the whole group.
 
-A group of synchronous processes is as alive as its weakest: when one is dead or hangs, the others wait for it
-in a collective. So all are killed, and all start again from the last checkpoint, ``max_restarts`` times at most.
+A group of synchronous processes is as alive as its weakest: when one is dead or hangs, the others wait for
+it in a collective. So all are killed, and all start again from the last checkpoint, a few times at most.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _REFUSED = 2  # exit code for input that is wrong: it will be wrong again
 _INTERRUPTED = 130
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 _MAX_PORTS = 5
+_LONGEST_GAP = 1.0
 
 
 class Group(Protocol):
@@ -190,6 +191,24 @@ def _beats(job_dir: Path) -> dict[int, Beat]:
     return {} if run is None else read_beats(run.dir)
 
 
+class _Clock:
+    """Seconds during which somebody looked.
+
+    When the launcher itself did not run, on a machine that slept or in a container that was frozen, the
+    processes did probably not run either, and their silence means nothing.
+    """
+
+    def __init__(self) -> None:
+        self._last, self._sum = time.monotonic(), 0.0
+
+    def now(self) -> float:
+        """At most a second more than at the last call."""
+        now = time.monotonic()
+        self._sum += min(now - self._last, _LONGEST_GAP)
+        self._last = now
+        return self._sum
+
+
 class _Watcher:
     """One start of a group, from its first moment to its last."""
 
@@ -203,10 +222,10 @@ class _Watcher:
         watch: Watch,
         stale: Mapping[int, Beat],
     ) -> None:
-        now = time.monotonic()
+        self._clock = _Clock()
         self._group, self._job_dir, self._stale = group, job_dir, stale
         self._policy, self._stop, self._watch = policy, stop, watch
-        self._processes = [Process(rank, now) for rank in range(world_size)]
+        self._processes = [Process(rank, self._clock.now()) for rank in range(world_size)]
         self._passed_on = 0
         self._called_slow: set[int] = set()
 
@@ -215,7 +234,7 @@ class _Watcher:
         while True:
             self._pass_on_stop()
             self._look()
-            verdicts = judge(self._processes, self._policy, time.monotonic())
+            verdicts = judge(self._processes, self._policy, self._clock.now())
             self._show()
             if all(each.health is Health.DONE for each in verdicts):
                 self._show(last=True)
@@ -228,7 +247,7 @@ class _Watcher:
             time.sleep(_POLL_SECONDS)
 
     def _look(self) -> None:
-        now = time.monotonic()
+        now = self._clock.now()
         beats = _beats(self._job_dir)
         codes = self._group.exit_codes()
         for index, process in enumerate(self._processes):
@@ -261,9 +280,10 @@ class _Watcher:
         slow = {each.rank: each.why for each in verdicts if each.health is Health.STRAGGLER}
         for rank in slow.keys() - self._called_slow:
             self._watch.note(f"rank {rank} is slow: {slow[rank]}")
-        for rank in self._called_slow - slow.keys():
+        fine = {each.rank for each in verdicts if each.health is Health.FINE}
+        for rank in self._called_slow & fine:
             self._watch.note(f"rank {rank} keeps up again")
-        self._called_slow = set(slow)
+        self._called_slow = (self._called_slow | slow.keys()) - fine
 
     def _death(self, attempt: int) -> Failure:
         if self._stop.count:
@@ -281,10 +301,12 @@ class _Watcher:
 
     def _wait_for_all(self) -> None:
         """Each saves its part of the checkpoint; one that hangs meanwhile is not waited for for ever."""
-        deadline = time.monotonic() + self._policy.quiet_seconds
-        while time.monotonic() < deadline and len(self._group.exit_codes()) < len(self._processes):
+        while any(process.exit_code is None for process in self._processes):
             self._pass_on_stop()
+            self._look()
             self._show()
+            if suspects(self._processes, judge(self._processes, self._policy, self._clock.now())):
+                return
             time.sleep(_POLL_SECONDS)
 
     def _hang(self, attempt: int, hung: list[int], verdicts: list[Verdict]) -> Failure:
