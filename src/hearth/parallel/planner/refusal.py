@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import NoReturn
 
 from hearth.errors import ConfigError
-from hearth.parallel.planner.choose import FILLED, describe_size, find_choices, legal_plans
+from hearth.parallel.planner.choose import FILLED, describe_size, legal_plans
 from hearth.parallel.planner.facts import ModelFacts
 from hearth.parallel.planner.hardware import GIB, Cluster
 from hearth.parallel.planner.job import Job
 from hearth.parallel.planner.memory import Memory, Plan, memory_of
 
-_MOST_DEVICES = 65_536
+# Further than this no fix is looked for.
+_MOST_DEVICES, _SHORTEST = 8192, 128
 
 
 def refuse(facts: ModelFacts, job: Job, cluster: Cluster, *, device: str = "cuda") -> NoReturn:
@@ -90,29 +91,34 @@ def _changes(job: Job, plan: Plan) -> Iterator[tuple[str, Job, Plan]]:
     yield f"parallel.offload: cpu, and {both}", full, replace(plan, offload=True)
 
 
+def _fits(facts: ModelFacts, job: Job, cluster: Cluster, device: str) -> bool:
+    """Whether one row at a time, with everything recomputed, fits in any layout."""
+    least = job.with_(micro_batch_size=1, checkpointing="full")
+    room = FILLED * cluster.device.memory
+    return any(
+        plan.micro_batches(least) and memory_of(facts, least, plan, device=device).total <= room
+        for offload in (False, True)
+        for plan in legal_plans(facts, job, cluster, offload=offload)
+    )
+
+
 def _fix(facts: ModelFacts, job: Job, cluster: Cluster, device: str) -> str:
-    if job.optimizer != "adamw8bit":
-        smaller = job.with_(optimizer="adamw8bit")
-        if find_choices(facts, smaller, cluster, device=device, modes=("full",))[0]:
-            return "train.optimizer: adamw8bit"
+    if job.optimizer != "adamw8bit" and _fits(facts, job.with_(optimizer="adamw8bit"), cluster, device):
+        return "train.optimizer: adamw8bit"
     number = cluster.num_devices
     while number < _MOST_DEVICES:
         number *= 2
         grown = replace(cluster, num_devices=number, per_node=min(number, max(8, cluster.per_node)))
-        rows = job.batch_size if job.batch_size % number == 0 else number
-        larger = job.with_(batch_size=max(job.batch_size, rows), micro_batch_size=1)
-        if find_choices(facts, larger, grown, device=device, modes=("full",))[0]:
-            batch = (
-                "" if larger.batch_size == job.batch_size else f", with train.batch_size: {larger.batch_size}"
-            )
+        rows = job.batch_size if job.batch_size % number == 0 else max(job.batch_size, number)
+        if _fits(facts, job.with_(batch_size=rows), grown, device):
+            batch = "" if rows == job.batch_size else f", with train.batch_size: {rows}"
             return f"{number} devices of this size are enough{batch}"
     length = job.sequence_length
-    while length > 128:
+    while length > _SHORTEST:
         length //= 2
-        shorter = job.with_(sequence_length=length, micro_batch_size=1)
-        if find_choices(facts, shorter, cluster, device=device, modes=("full",))[0]:
+        if _fits(facts, job.with_(sequence_length=length), cluster, device):
             return f"data.sequence_length: {length}"
-    return "use devices with more memory, or a smaller model"
+    return "use devices with more memory, or a smaller model: more of these devices are not enough"
 
 
 def _largest(memory: Memory) -> tuple[str, float]:

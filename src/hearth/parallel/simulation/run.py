@@ -1,8 +1,8 @@
 """A long run with failures, slow processes and checkpoints, by Monte Carlo: how much of the time is work.
 
 Failures come as a Poisson process; each loses what was done since the last checkpoint and stops everything
-for a restart, which may fail again. The time of a step is that of the slowest process. The same seed gives the
-same result.
+for a restart, which may fail again. The time of a step is that of the slowest process. The same seed gives
+the same result.
 """
 
 from __future__ import annotations
