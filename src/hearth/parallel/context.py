@@ -49,7 +49,7 @@ class ContextParallel:
     """Attention over positions that are spread over a group of processes."""
 
     def __init__(self, model: nn.Module, world: World, sequence_length: int) -> None:
-        """Give the model this attention. Raises ConfigError where it cannot have it, or lengths do not divide."""
+        """Give the model this attention. Raises ConfigError where it cannot, or lengths do not divide."""
         assert world.mesh is not None
         self._group = world.mesh.get_group("context")
         self._size, self._rank = world.layout.context, world.layout.coordinates(world.rank)["context"]

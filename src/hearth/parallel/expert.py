@@ -79,9 +79,7 @@ def apply_expert_parallel(model: nn.Module, world: World) -> list[nn.Module]:
                 own = distribute_tensor(weight.data, mesh, [Shard(0)], src_data_rank=None)
                 module._parameters[name] = nn.Parameter(own, requires_grad=weight.requires_grad)
         each = num // size
-        module.forward = functools.partial(  # type: ignore[method-assign]
-            _with_own_experts, module, module.forward, each, mesh.get_group()
-        )
+        module.forward = functools.partial(_with_own_experts, module, module.forward, each, mesh.get_group())
     return modules
 
 
@@ -114,7 +112,8 @@ def _with_own_experts(
 def _compute(
     module: nn.Module, forward: Callable[..., Tensor], each: int, arrived_MD: Tensor, experts_M: Tensor
 ) -> Tensor:
-    whole, num = dict(module._parameters), cast(Any, module).num_experts
+    whole: dict[str, Any] = dict(module._parameters)
+    num = cast(Any, module).num_experts
     weights: Any = module._parameters
     try:
         for name, weight in whole.items():

@@ -189,7 +189,7 @@ class Pipeline:
 
     def __init__(self, stages: Sequence[Stage], world: World, section: ParallelSection) -> None:
         self._stages, self._world, self._section = stages, world, section
-        self._cached: tuple[tuple[Any, ...], Any] | None = None
+        self._schedules: dict[tuple[Any, ...], Any] = {}
 
     def run(self, inputs: Sequence[Inputs], loss: LossOf, *, hidden_size: int, dtype: torch.dtype) -> bool:
         """Forward and backward, or forward alone without gradients. True where the loss was computed."""
@@ -205,10 +205,10 @@ class Pipeline:
         return target is not None
 
     def _schedule(self, num: int, shape: tuple[int, ...], hidden_size: int, dtype: torch.dtype) -> Any:
-        key = (num, shape, hidden_size, dtype)
-        if self._cached is None or self._cached[0] != key:
-            self._cached = key, self._make_schedule(num, shape, hidden_size, dtype)
-        return self._cached[1]
+        key = (num, shape, hidden_size, dtype, torch.is_grad_enabled())
+        if key not in self._schedules:
+            self._schedules[key] = self._make_schedule(num, shape, hidden_size, dtype)
+        return self._schedules[key]
 
     def _make_schedule(self, num: int, shape: tuple[int, ...], hidden_size: int, dtype: torch.dtype) -> Any:
         from torch.distributed.pipelining import PipelineStage

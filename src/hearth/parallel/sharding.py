@@ -93,7 +93,8 @@ def replicate(module: LossModule, world: World, section: ParallelSection) -> nn.
     group = world.replica_group()
     # Buffers are the same everywhere and stay so; DDP would send them before every forward pass.
     buffers = [name for name, _ in module.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
+    wrapper: Any = DistributedDataParallel
+    wrapper._set_params_and_buffers_to_ignore_for_model(module, buffers)
     wrapped = DistributedDataParallel(
         module,
         process_group=group,

@@ -128,14 +128,14 @@ def _cut_module(module: nn.Module, style: Style, mesh: Any) -> None:
     group = mesh.get_group()
     for name in list(module._parameters):
         _cut_weight(module, name, style, mesh)
-    module.forward = functools.partial(_with_own_part, module, module.forward, style, group)  # type: ignore[method-assign]
+    module.forward = functools.partial(_with_own_part, module, module.forward, style, group)
 
 
 def _with_own_part(
     module: nn.Module, forward: Callable[..., Any], style: Style, group: Group, x: Tensor, *others: Any
 ) -> Any:
     """``forward`` between the exchanges of a style, with the local parts of the weights."""
-    whole = dict(module._parameters)
+    whole: dict[str, Any] = dict(module._parameters)
     # A bias that every process has is added once, after the sum.
     bias = whole.get("bias") if style.after is add_up else None
     weights: Any = module._parameters

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Item = TypeVar("Item")
+# A process that is gone is noticed at once; one that works, however long, is waited for.
+_LONG = datetime.timedelta(days=2)
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -37,6 +39,8 @@ class World:
     rank: int = 0
     mesh: DeviceMesh | None = None
     expert_mesh: DeviceMesh | None = None  # the same processes, with those of a group of experts together
+    patient: Any = None  # the group of all that may wait for hours: while one prepares data, say
+    savers: Any = None  # the group of all for the threads that write checkpoints
 
     @classmethod
     def alone(cls, device: torch.device) -> World:
@@ -97,6 +101,31 @@ class World:
         dist.all_reduce(square, group=self.mesh.get_group("pipeline"))
         return square.sqrt()
 
+    def on_main(self, function: Callable[[], Item]) -> Item:
+        """What ``function`` returns in the main process, in all; raises in all where it raised."""
+        if self.size == 1:
+            return function()
+        result: Any = None
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                result = function()
+            except Exception as raised:  # noqa: BLE001 - told to all, and raised again
+                error = raised
+        result, error = self.from_main((result, error))
+        if error is not None:
+            raise error
+        found: Item = result
+        return found
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
     def sum_counts(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Counts by name, added up over the processes with different rows; all have the same names."""
         if self.size == 1 or not counts:
@@ -112,7 +141,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]
 
     def gather(self, value: Item) -> list[Item]:
@@ -120,7 +149,7 @@ class World:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.patient)
         return found
 
     def require_same(self, facts: Mapping[str, Any]) -> None:
@@ -168,7 +197,9 @@ def joined(section: ParallelSection, device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     _connect(section, device, rank, size)
     try:
-        yield World(layout, device, rank, _mesh(device, layout), _expert_mesh(device, layout))
+        patient, savers = (dist.new_group(backend="gloo", timeout=_LONG) for _ in range(2))
+        meshes = _mesh(device, layout), _expert_mesh(device, layout)
+        yield World(layout, device, rank, *meshes, patient, savers)
     finally:
         dist.destroy_process_group()
 

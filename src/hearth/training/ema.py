@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from hearth.errors import IntegrityError
+from hearth.parallel.shards import like
 from hearth.training.optimizers import trainable_parameters
 
 
@@ -64,11 +65,11 @@ class WeightAverage:
         return {**self._averages, "|num_updates": torch.tensor(self.num_updates)}
 
     @torch.no_grad()
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The reverse of ``state_tensors``. Raises IntegrityError when they belong to other weights."""
         names = set(tensors) - {"|num_updates"}
         if names != set(self._averages):
             raise IntegrityError("the average of the weights in the checkpoint is of other weights")
         self.num_updates = int(tensors["|num_updates"])
         for name, average in self._averages.items():
-            average.copy_(tensors[name])
+            average.copy_(like(tensors[name], average))

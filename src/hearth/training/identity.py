@@ -37,7 +37,7 @@ _MEANINGS = {
     "seed": ("train.seed", "keep it: the order of the data follows from it"),
 }
 
-_INEXACT = ("precision", "micro_batch_size", "device", "torch", "transformers")
+_INEXACT = ("precision", "micro_batch_size", "device", "processes", "torch", "transformers")
 _WATCHING = ("evaluate_every", "evaluate_rows", "log_every", "profile_steps", "max_skipped_steps")
 # A base is recognised by this many bytes at this many places of each of its files.
 _SAMPLE_BYTES, _NUM_SAMPLES = 4096, 256
@@ -63,6 +63,7 @@ class Identity:
     precision: str
     micro_batch_size: int | str
     device: str
+    processes: str
     settings: Mapping[str, Any]  # those of train that decide what is learnt, by key
 
     def as_dict(self) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def identity_of(trainer: Trainer) -> Identity:
         dataset=trainer.dataset_fingerprint + getattr(trainer.rows, "identity", ""),
         rows=len(trainer.rows),
         tokenizer=tokenizer_hash(trainer.tokenizer),
-        model=shapes_hash(trainer.model),
+        model=trainer.shapes,
         objective=train.objective,
         batch_size=train.batch_size,
         seed=train.seed,
@@ -130,6 +131,7 @@ def identity_of(trainer: Trainer) -> Identity:
         precision=trainer.precision,
         micro_batch_size=config.train.micro_batch_size,  # what auto has found is in the checkpoint
         device=trainer.device.type,
+        processes=str(trainer.world.layout),
         settings=_settings(train),
     )
 

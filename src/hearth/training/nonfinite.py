@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from hearth.errors import NonFiniteError
 from hearth.training import rng
 from hearth.training.batches import Batch, describe_row
@@ -50,10 +52,15 @@ def non_finite_error(
 ) -> NonFiniteError:
     """The error for a step that must not be taken, with the rows and documents that cause it."""
     units = _units(trainer, batches)
-    broken = [unit.rows for unit in units if _breaks(trainer, unit)]
+    if trainer.world.size > 1:
+        everywhere = trainer.world.gather([(unit.rows, broke) for unit, broke in _tried(trainer, units)])
+        tried = [each for found in everywhere for each in found]
+    else:
+        tried = [(unit.rows, _breaks(trainer, unit)) for unit in units]
+    broken = [rows for rows, broke in tried if broke]
     trainer.optimizer.zero_grad(set_to_none=True)
     what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
-    if broken and len(broken) == len(units):
+    if broken and len(broken) == len(tried):
         where = "every row of the step does so, which points at the weights rather than at the data"
         fix = (
             "lower train.learning_rate, add train.warmup_steps, or resume from the last checkpoint with them"
@@ -62,7 +69,7 @@ def non_finite_error(
         where = _described(trainer, broken, "; ")
         fix = "look at these documents with `hearth data inspect`, or lower train.learning_rate"
     else:
-        where = "no single row does so; the step had " + _described(trainer, [u.rows for u in units], ", ")
+        where = "no single row does so; the step had " + _described(trainer, [r for r, _ in tried], ", ")
         fix = "lower train.learning_rate"
     return NonFiniteError(
         f"{what} in step {step + 1}; the optimizer step was not taken, the weights are unchanged. {where}",
@@ -77,6 +84,16 @@ def _units(trainer: Trainer, batches: Sequence[Batch]) -> list[Batch]:
         return list(batches)
     rows = dict.fromkeys(row for batch in batches for row in batch.rows)
     return [objective.collate(trainer.rows, [row]) for row in rows]
+
+
+def _tried(trainer: Trainer, units: Sequence[Batch]) -> list[tuple[Batch, bool]]:
+    """Which units give a loss that is not finite, where all processes must do the same things: no backward
+    pass, as a gradient is that of all of them. A pipeline tries none.
+    """
+    if trainer.config.parallel.pipeline > 1:
+        return [(unit, False) for unit in units]
+    with torch.no_grad():
+        return [(unit, not math.isfinite(float(trainer.loss_of(unit)))) for unit in units]
 
 
 def _breaks(trainer: Trainer, batch: Batch) -> bool:

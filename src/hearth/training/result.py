@@ -13,6 +13,7 @@ from hearth.errors import IntegrityError
 from hearth.models import load_model, resolve_reference, save_model
 from hearth.models.saving import default_generation_config
 from hearth.training.adapter import merge_adapter, save_adapter
+from hearth.training.checkpoint.export import export_checkpoint
 from hearth.training.identity import base_hash
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def leave_result(trainer: Trainer, run: Run, workspace: Workspace, store: Checkp
     The result has the last weights; with early stopping, those of the best evaluation; with
     ``train.ema_decay`` the average of the weights at that step.
     """
+    if trainer.world.size > 1:
+        return trainer.world.on_main(lambda: _leave_from_checkpoint(trainer, run, workspace, store))
     config = trainer.config
     best = store.best()
     from_step = trainer.state.step
@@ -44,6 +47,24 @@ def leave_result(trainer: Trainer, run: Run, workspace: Workspace, store: Checkp
         model = merge_adapter(model, lambda: _load_base(trainer, run, workspace))
     with torch.no_grad():
         save_model(model, trainer.tokenizer, run.dir / "model", generation_config_of(trainer, model))
+    facts.update(_registered(trainer, run, workspace))
+    return facts
+
+
+def _leave_from_checkpoint(
+    trainer: Trainer, run: Run, workspace: Workspace, store: CheckpointStore
+) -> dict[str, Any]:
+    """The same of weights that are spread over processes: they are all in the last checkpoint."""
+    patient = trainer.config.train.early_stopping_patience and store.best() is not None
+    step = "best" if patient else trainer.state.step
+    written = export_checkpoint(run, run.dir / "model", step=step, workspace=workspace)
+    facts = {"model_dir": str(written.directory), "model_step": written.step}
+    return facts | _registered(trainer, run, workspace)
+
+
+def _registered(trainer: Trainer, run: Run, workspace: Workspace) -> dict[str, str]:
+    """Register ``RUN/model``, where the recipe says so."""
+    config = trainer.config
     if config.register_.name is not None:
         version = workspace.registry.create_version(
             config.register_.name,
@@ -55,8 +76,8 @@ def leave_result(trainer: Trainer, run: Run, workspace: Workspace, store: Checkp
             parent=_parent(trainer, workspace),
             tags=dict(config.register_.tags),
         )
-        facts["version"] = version.ref
-    return facts
+        return {"version": version.ref}
+    return {}
 
 
 def _load_base(trainer: Trainer, run: Run, workspace: Workspace) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hearth.parallel.world import World
 
 
 def seed_everything(seed: int) -> None:
@@ -61,22 +63,32 @@ def restore(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
 
 
 class RandomState:
-    """The generators of this process as a part of a checkpoint."""
+    """The generators of all processes as a part of a checkpoint.
 
-    def __init__(self) -> None:
+    A run that goes on with another number of processes cannot continue their streams: it gets new ones that
+    follow from ``seed`` and the step, and says that it is not exact (`Identity.inexact`).
+    """
+
+    def __init__(self, world: World, seed_for: Callable[[], int]) -> None:
+        self._world, self._seed_for = world, seed_for
         self._values: Mapping[str, Any] = {}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The states of the generators."""
-        return capture()[1]
+        """The states of the generators, by ``RANK|NAME``; each process gives its own."""
+        return {f"{self._world.rank}|{name}": state for name, state in capture()[1].items()}
 
-    def load_state_tensors(self, tensors: dict[str, Tensor], /) -> None:
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
         """Continue the streams of the checkpoint."""
-        restore(self._values, tensors)
+        if len(self._values) != self._world.size:
+            seed_everything(self._seed_for() + self._world.rank)
+            return
+        own = f"{self._world.rank}|"
+        streams = {name.removeprefix(own): tensors[name] for name in tensors if name.startswith(own)}
+        restore(self._values[str(self._world.rank)], streams)
 
     def state_values(self) -> dict[str, Any]:
-        """Positions inside the states."""
-        return capture()[0]
+        """Positions inside the states, by rank; all processes must ask."""
+        return {str(rank): values for rank, values in enumerate(self._world.gather(capture()[0]))}
 
     def load_state_values(self, values: Mapping[str, Any], /) -> None:
         """Kept until the tensors come."""

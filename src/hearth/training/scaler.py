@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class LossScaler:
             "num_good_steps": torch.tensor(self.num_good_steps),
         }
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The reverse of ``state_tensors``."""
         self.factor = float(tensors["factor"])
         self.num_good_steps = int(tensors["num_good_steps"])

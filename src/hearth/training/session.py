@@ -8,7 +8,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -18,6 +18,8 @@ from hearth.models import flops_per_token, num_parameters
 from hearth.training import rng
 from hearth.training.checkpoint import CheckpointSaver, CheckpointStore, Saved
 from hearth.training.checkpoint.export import write_skeleton
+from hearth.training.checkpoint.together import ByGroup
+from hearth.training.followers import FollowedRun, NoObservers
 from hearth.training.observers import Observers
 from hearth.training.progress import TrainingProgress
 from hearth.training.result import generation_config_of, leave_result
@@ -26,6 +28,7 @@ from hearth.training.trackers.base import EndStatus
 from hearth.workspace.artifacts import write_atomically
 
 if TYPE_CHECKING:
+    from hearth.training.checkpoint import Checkpoint
     from hearth.training.trainer import StepResult, Trainer
     from hearth.workspace import Run, Workspace
 
@@ -88,45 +91,80 @@ class Session:
         run.finish(status, summary=self.observers.end(status, summary, error), error=error)
 
     def _open_run(self, workspace: Workspace) -> Run:
-        trainer, config = self.trainer, self.config
-        if trainer._resume is not None:
-            run = workspace.runs.resume(trainer._resume)
-        else:
-            run = workspace.runs.create(
-                "train",
-                name=config.track.name or f"{config.train.objective}",
-                recipe=to_dict(config),
-                recipe_hash=recipe_hash(config),
-                tags=dict(config.track.tags),
-            )
-        self.store = CheckpointStore(run.dir, keep=config.checkpoint.keep, warn=self._warn)
+        trainer, config, world = self.trainer, self.config, self.trainer.world
+        run = self._begin_run(workspace)
+        together = ByGroup(world.savers) if world.size > 1 else None
+        keep = config.checkpoint.keep
+        self.store = CheckpointStore(run.dir, keep=keep, warn=self._warn, together=together)
         self.saver = CheckpointSaver(self.store, background=config.checkpoint.async_, say=self._say)
         try:
             trainer.start_objective(run.dir)
             trainer.identity  # noqa: B018 - hashes the tokenizer now, not while a step waits
-            if not (run.dir / "skeleton").is_dir():
-                generation = generation_config_of(trainer, trainer.model)
-                write_skeleton(trainer.model, trainer.tokenizer, generation, run.dir / "skeleton")
+            world.on_main(lambda: self._write_skeleton(run.dir / "skeleton"))
             if trainer._resume is not None:
                 self._load(run)
             else:
                 rng.seed_everything(config.train.seed + _RUN_SEED_OFFSET)
             # Also of a resumed run: the command that goes on must go on with what was changed then.
-            write_atomically(run.dir / "recipe.yaml", to_yaml(config))
-            workspace.lineage.add(f"dataset:{trainer.dataset_fingerprint}", f"run:{run.id}", "trained")
-            self.observers = Observers(trainer, run, workspace, warn=self._warn)
+            if world.is_main:
+                write_atomically(run.dir / "recipe.yaml", to_yaml(config))
+                workspace.lineage.add(f"dataset:{trainer.dataset_fingerprint}", f"run:{run.id}", "trained")
+                self.observers = Observers(trainer, run, workspace, warn=self._warn)
+            else:
+                self.observers = cast(Observers, NoObservers())
         except BaseException as error:
             run.finish("interrupted" if trainer._resume else "failed", error=_first_line(error))
             raise
         return run
 
+    def _begin_run(self, workspace: Workspace) -> Run:
+        """The record of this run, made or taken up by the main process."""
+        trainer, config, world = self.trainer, self.config, self.trainer.world
+        made: list[Run] = []
+
+        def begin() -> str:
+            if trainer._resume is not None:
+                made.append(workspace.runs.resume(trainer._resume))
+            else:
+                run = workspace.runs.create(
+                    "train",
+                    name=config.track.name or f"{config.train.objective}",
+                    recipe=to_dict(config),
+                    recipe_hash=recipe_hash(config),
+                    tags=dict(config.track.tags),
+                )
+                made.append(run)
+            return made[0].id
+
+        run_id = world.on_main(begin)
+        return made[0] if made else cast("Run", FollowedRun(run_id, workspace.runs.get(run_id).dir))
+
+    def _write_skeleton(self, directory: Path) -> None:
+        trainer = self.trainer
+        if not directory.is_dir():
+            generation = generation_config_of(trainer, trainer.model)
+            write_skeleton(trainer.model, trainer.tokenizer, generation, directory)
+
+    def _newest(self) -> Checkpoint:
+        """The newest checkpoint that verifies, chosen by the main process."""
+        world = self.trainer.world
+        found: list[Checkpoint] = []
+
+        def choose() -> Path:
+            found.append(self.store.load_newest())
+            return found[0].path
+
+        path = world.on_main(choose)
+        return found[0] if found else self.store.load(path)
+
     def _load(self, run: Run) -> None:
-        checkpoint = self.store.load_newest()
+        checkpoint = self._newest()
         self.trainer.load_checkpoint(checkpoint)
         inexact = self.trainer.identity.inexact(checkpoint)
-        if inexact:
+        if inexact and self.trainer.world.is_main:
             self._warn(f"the run does not go on bit for bit as it would have: {', '.join(inexact)}")
-        self.store.resume_from(checkpoint.step, best_step=self.trainer.state.best_step)
+        best_step = self.trainer.state.best_step
+        self.trainer.world.on_main(lambda: self.store.resume_from(checkpoint.step, best_step=best_step))
         self._last_saved, self._requested_step = checkpoint.path, checkpoint.step
         run.discard_metrics_after(checkpoint.step)
 
@@ -144,7 +182,7 @@ class Session:
             TrainingProgress(
                 first_step=trainer.state.step,
                 total_steps=trainer.total_steps,
-                enabled=trainer._show_progress,
+                enabled=trainer._show_progress and trainer.world.is_main,
             ) as progress,
             StopSignals(self._on_signal),
         ):
@@ -156,7 +194,7 @@ class Session:
                 result = trainer.train_step(trainer.state.step)
                 stopped_early = self._after_step(run, result)
                 stopping = trainer._stop_reason is not None and trainer.state.step < trainer.total_steps
-                if stopping or self.observers.callbacks.error is not None:
+                if trainer.world.any(stopping or self.observers.callbacks.error is not None):
                     self._stop(run)
             self._evaluate_at_end(run)
             if self._requested_step != trainer.state.step:
@@ -165,6 +203,8 @@ class Session:
             self.observers.callbacks.raise_error()
 
     def _announce(self, run: Run) -> None:
+        if not self.trainer.world.is_main:
+            return
         plan = self.trainer.plan()
         start = f"going on from step {self.trainer.state.step}, " if self.trainer.state.step else ""
         self.progress.say(
@@ -190,6 +230,8 @@ class Session:
 
     def _on_signal(self, name: str) -> None:
         self.trainer.request_stop(name)
+        if not self.trainer.world.is_main:
+            return
         self.progress.say(f"{name}: finishing the step and saving; once more stops at once without saving")
 
     def _after_step(self, run: Run, result: StepResult) -> bool:
@@ -334,9 +376,9 @@ class Session:
             self._save(run, last=True)
         self._record_saved(self.saver.wait())
         self.observers.callbacks.raise_error()
+        reason = trainer._stop_reason or "another process"
         raise Interrupted(
-            f"stopped after step {trainer.state.step} of {trainer.total_steps} ({trainer._stop_reason}); "
-            f"checkpoint saved",
+            f"stopped after step {trainer.state.step} of {trainer.total_steps} ({reason}); checkpoint saved",
             fix=f"go on with: hearth train --resume {run.id}",
         )
 

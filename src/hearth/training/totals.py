@@ -54,6 +54,10 @@ class LossTotals:
             total[1] = total[1] + count
         return part
 
+    def take(self, other: LossTotals) -> None:
+        """Be the same as another."""
+        self._sums, self._counts, self._metrics = other._sums, other._counts, other._metrics
+
     def reduce(self, world: World) -> None:
         """Add up over the processes that had other rows. All have the same units and metrics."""
         if world.size == 1:

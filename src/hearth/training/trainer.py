@@ -11,10 +11,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,7 +35,7 @@ from hearth.training.callbacks import Callback
 from hearth.training.checkpoint import Checkpoint, Contents, Counters, Stateful, Weights, collect, restore
 from hearth.training.clipping import scale
 from hearth.training.execution import set_up_execution
-from hearth.training.identity import Identity, identity_of
+from hearth.training.identity import Identity, identity_of, shapes_hash
 from hearth.training.loss import kept_gradients, use_split_of
 from hearth.training.micro_batch import choose_micro_batch
 from hearth.training.nonfinite import skip_or_raise
@@ -157,6 +158,8 @@ class Trainer:
         if not trainable_parameters(self.model):
             raise ConfigError("no weight of the model trains", fix="unfreeze some, or add model.adapter")
         notice = set_up_execution(self.model, section, precision=self.precision, device=self.device)
+        self.all_weights = frozenset(name for name, _ in self.model.named_parameters())
+        self.shapes = shapes_hash(self.model)  # those of all stages of a pipeline
         self._parallel = parallelize(
             self.model, self.world, self.config.parallel, sequence_length=self._sequence_length()
         )
@@ -315,6 +318,7 @@ class Trainer:
             found = self._through_pipeline(self._parallel.pipeline, batches, expected)
             batches = ()
         for number, batch in enumerate(batches, 1):
+            assert self._parallel.module is not None
             synchronize_gradients(self._parallel.module, self.config.parallel, last=number == len(batches))
             self.clock.phase("data")
             moved = batch.to(self.device)
@@ -443,14 +447,35 @@ class Trainer:
         found = LossTotals(self.device)
         self.model.eval()
         with torch.no_grad(), self.updates.averaged():
-            for batch in self.objective.evaluation_batches(self, self.eval_rows, rows):
-                found.add(self._losses(self._own_positions(batch).to(self.device)))
+            self._evaluate_batches(self.objective.evaluation_batches(self, self.eval_rows, rows), found)
         found.reduce(self.world)
         self.model.train()
         if not found.any:
             return {}
         figures = {"eval_loss": float(found.mean())}
         return figures | {f"eval_{name}": value for name, value in found.metric_means().items()}
+
+    def _evaluate_batches(self, batches: Iterable[Batch], found: LossTotals) -> None:
+        """Add up the losses of this process's share; all processes run the model equally often."""
+        ranks, own = self.world.layout.batch_ranks, self.world.layout.batch_rank(self.world.rank)
+        given, mine = iter(batches), []
+        while group := list(itertools.islice(given, ranks)):
+            counts = own < len(group)
+            batch = self._own_positions(group[own if counts else 0])
+            if self._parallel.pipeline is not None:
+                mine.append(batch.filled(self.micro_batch_size, counts=counts))
+                continue
+            losses = self._losses(batch.to(self.device))
+            found.add(losses if counts else losses.nothing())
+        if self._parallel.pipeline is not None:
+            mine += [mine[0].filled(0, counts=False)] * (-len(mine) % self.config.parallel.pipeline)
+            found.take(self._through_pipeline(self._parallel.pipeline, mine, {}))
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The loss of a batch alone, wherever its model is."""
+        found = LossTotals(self.device)
+        found.add(self._losses(self._own_positions(batch).to(self.device)))
+        return found.mean()
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -460,7 +485,7 @@ class Trainer:
             "model": Weights(self._saved_weights),
             **self.updates.parts(),
             "training": self.state,
-            "rng": rng.RandomState(),
+            "rng": rng.RandomState(self.world, lambda: self.config.train.seed + self.state.step),
         }
 
     @functools.cached_property
@@ -481,7 +506,7 @@ class Trainer:
             "total_steps": self.total_steps,
             **self.identity.as_dict(),
         }
-        return collect(self.stateful), about
+        return collect(self.stateful).own_part(self.world), about
 
     def _saved_weights(self) -> dict[str, Tensor]:
         """What training changes: with an adapter only the adapter, the base is immutable."""
@@ -494,7 +519,8 @@ class Trainer:
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint. Raises ConfigError when data, tokenizer or model differ."""
         self.identity.require_match(checkpoint)
-        restore(self.stateful, checkpoint)
+        own = {name for name, _ in self.model.named_parameters()}
+        restore(self.stateful, checkpoint, absent_weights=self.all_weights - own)
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """The weights of a checkpoint, nothing else."""

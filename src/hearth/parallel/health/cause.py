@@ -8,7 +8,7 @@ while another has something else to say.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _LOST_CONNECTION = re.compile(
@@ -17,6 +17,8 @@ _LOST_CONNECTION = re.compile(
     r"|nccl(remote)?error|dist(network|backend|store)error|did not meet the others",
     re.IGNORECASE,
 )
+# Frames in which a process waits for the others: in a collective, or in a backward pass that contains one.
+_WAITING = re.compile(r"[/\\]torch[/\\]distributed[/\\]|_engine_run_backward|in synchronize\b")
 _TAIL_LINES = 20
 
 
@@ -39,6 +41,22 @@ def first_death(deaths: Sequence[Death]) -> Death:
     """The one that the others followed."""
     assert deaths
     return min(deaths, key=lambda each: (each.lost_connection, each.at, each.rank))
+
+
+def blame(
+    hung: Sequence[int], stopped: Sequence[int], silent: Sequence[int], stacks: Mapping[int, str]
+) -> list[int]:
+    """Of ranks that hang, those that the others probably wait for; several where nothing tells them apart.
+
+    A process that is stopped, or cannot even be asked for its stacks (``silent``), is what the others wait for;
+    else one that is not itself waiting, by its stacks.
+    """
+    assert hung
+    for known in (stopped, silent):
+        if found := [rank for rank in known if rank in hung]:
+            return found
+    busy = [rank for rank in hung if not _WAITING.search(stacks.get(rank, ""))]
+    return busy or list(hung)
 
 
 def last_lines(text: str, num_lines: int = _TAIL_LINES) -> str:

@@ -163,13 +163,13 @@ class RayGroup:
         self._lines: list[tuple[int, str]] = []
         self._looked = float("-inf")
         try:
-            found = self._ask(
-                {rank: actor.address for rank, actor in self._actors.items()}, spec.join_timeout
-            )
-            if missing := self._actors.keys() - found.keys():
+            asked = {rank: actor.address for rank, actor in self._actors.items()}
+            found = self._ask(asked, spec.join_timeout)
+            if missing := sorted(self._actors.keys() - found.keys()):
+                death = self._deaths.get(missing[0])
+                words = "no answer" if death is None else death.tail
                 raise TrainingError(
-                    f"rank {min(missing)} did not start on Ray within {spec.join_timeout} s (--join-timeout): "
-                    f"{self._deaths[min(missing)].tail if missing & self._deaths.keys() else 'no answer'}",
+                    f"rank {missing[0]} did not start on Ray in {spec.join_timeout} s (--join-timeout): {words}",
                     fix="see `ray status`, and that Hearth is installed on every node",
                 )
             host, port, _ = found[0]
@@ -310,7 +310,7 @@ def _strategy(spec: JobSpec) -> str:
 
 
 def _visible_gpus(spec: JobSpec, gpus: Mapping[int, list[str]]) -> dict[int, dict[str, str]]:
-    """Every rank of a node sees the GPUs of all of them, in order: LOCAL_RANK counts them, as with torchrun."""
+    """Every rank of a node sees the GPUs of all, in order: LOCAL_RANK counts them, as with torchrun."""
     found: dict[int, dict[str, str]] = {}
     for rank in gpus:
         first = rank // spec.processes * spec.processes

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from hearth.parallel.health.cause import Death, first_death, last_lines
+from hearth.parallel.health.cause import Death, blame, first_death, last_lines
 from hearth.parallel.health.heartbeat import Beat, read_beats, read_run
 from hearth.parallel.health.watch import (
     Health,
@@ -314,11 +314,13 @@ class _Watcher:
         stacks = self._group.stacks()
         running = {each.rank for each in verdicts if each.health not in (Health.DEAD, Health.DONE)}
         silent = sorted(running - stacks.keys())
-        # One that cannot even be asked is what the others wait for.
-        rank = next((each for each in (*stopped, *silent) if each in running), hung[0])
+        blamed = blame([each for each in hung if each in running], stopped, silent, stacks)
+        rank = blamed[0]
         why = {each.rank: each.why for each in verdicts}[rank] or "it hangs"
         if rank in stopped:
             why += ", the process is stopped (SIGSTOP)"
+        elif len(blamed) > 1:
+            why += f"; so is rank {', '.join(map(str, blamed[1:]))}, and either may be the cause"
         self._show(last=True)
         tail = last_lines(self._group.tail(rank))
         step = self._step_of(rank)

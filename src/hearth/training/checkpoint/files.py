@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hearth.errors import IntegrityError
+from hearth.training.checkpoint.sharded import group_of
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -66,9 +67,13 @@ class Manifest:
     files: dict[str, FileFacts]
     metrics: dict[str, float]
 
-    def groups(self) -> list[str]:
-        """Names of the groups of tensors."""
-        return [name.removesuffix(TENSORS) for name in self.files if name.endswith(TENSORS)]
+    def groups(self) -> dict[str, list[str]]:
+        """Names of the groups of tensors, each with its files."""
+        found: dict[str, list[str]] = {}
+        for name in sorted(self.files):
+            if name.endswith(TENSORS):
+                found.setdefault(group_of(name.removesuffix(TENSORS)), []).append(name)
+        return found
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -141,14 +146,18 @@ def write_bytes(path: Path, data: bytes, cancelled: Callable[[], bool] = _never)
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], cancelled: Callable[[], bool] = _never
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    cancelled: Callable[[], bool] = _never,
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> FileFacts:
     """Write tensors as a safetensors file in one pass, without a copy of those that are already on the host.
 
     The library's own writer copies every tensor into a bytes object first, and holds Python's lock meanwhile.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps all aligned
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name in order:
         tensor = tensors[name]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hearth.errors import IntegrityError
+from hearth.parallel.shards import like
 from hearth.training.optimizers import load_optimizer_tensors, optimizer_tensors
 
 
@@ -22,7 +23,7 @@ class Weights:
         """The weights as they are."""
         return {name: weight.detach() for name, weight in self._weights().items()}
 
-    def load_state_tensors(self, tensors: dict[str, Tensor], /) -> None:
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
         """Copy into the weights. Raises IntegrityError for names or shapes of another model."""
         weights = self._weights()
         own = {name: weight.shape for name, weight in weights.items()}
@@ -32,7 +33,7 @@ class Weights:
             raise IntegrityError(f"the checkpoint holds the weights of another model: {name} differs")
         with torch.no_grad():
             for name, weight in weights.items():
-                weight.copy_(tensors[name])
+                weight.copy_(like(tensors[name], weight))
 
 
 class OptimizerState:
@@ -45,7 +46,7 @@ class OptimizerState:
         """``WEIGHT|KEY`` → tensor."""
         return optimizer_tensors(self._optimizer, self._model)
 
-    def load_state_tensors(self, tensors: dict[str, Tensor], /) -> None:
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
         """Take over the moments. Raises IntegrityError or ConfigError for those of something else."""
         load_optimizer_tensors(self._optimizer, self._model, tensors)
 

@@ -80,7 +80,7 @@ class CheckpointSaver:
         state = encode_state({**values, "parts": found.values})
         background = self._background and not last
         tensors = self._stager.stage(found.tensors) if background else found.tensors
-        snapshot = Snapshot(step, tensors, state, dict(metrics or {}), best)
+        snapshot = Snapshot(step, tensors, state, dict(metrics or {}), best, found.places)
         if not background:
             path = self.store.commit(snapshot)
             seconds = time.perf_counter() - started

@@ -5,13 +5,16 @@ weights, a loss scaler, whatever an objective keeps. Each is one group of a chec
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from hearth.errors import ConfigError
+from hearth.parallel.shards import part_to_write
+from hearth.parallel.world import World
+from hearth.training.checkpoint.sharded import Place
 
 if TYPE_CHECKING:
     from hearth.training.checkpoint.store import Checkpoint
@@ -27,7 +30,7 @@ class HasTensors(Protocol):
     def state_tensors(self) -> Mapping[str, Tensor]:
         """Tensors by name. They may be live: the saver copies them before the next step changes them."""
 
-    def load_state_tensors(self, tensors: dict[str, Tensor], /) -> None:
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
         """Take over the tensors of a checkpoint, which are on the host."""
 
 
@@ -49,10 +52,48 @@ Stateful = HasTensors | HasValues
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into a checkpoint: groups of tensors, and JSON values by group."""
+    """What goes into a checkpoint: groups of tensors, and JSON values by group.
+
+    ``places``: of tensors that are a part of a larger one, its shape and where in it they begin.
+    """
 
     tensors: dict[str, dict[str, Tensor]]
     values: dict[str, Any]
+    places: dict[str, dict[str, Place]] = field(default_factory=dict)
+
+    def own_part(self, world: World) -> Contents:
+        """What this process writes of it, where tensors are spread over processes; all must ask."""
+        if world.size == 1:
+            return self
+        tensors: dict[str, dict[str, Tensor]] = {}
+        places: dict[str, dict[str, Place]] = {}
+        for group, found in self.tensors.items():
+            if group == RANDOM:  # every process has its own
+                tensors[group] = found
+                continue
+            written = {name: part_to_write(tensor, world) for name, tensor in found.items()}
+            parts = {name: part for name, part in written.items() if part is not None}
+            tensors[group] = {name: part.local for name, part in parts.items()}
+            places[group] = {n: (p.shape, p.offset) for n, p in parts.items() if not p.is_whole}
+        return Contents(tensors, self.values, places)
+
+
+class _Selected(Mapping[str, Tensor]):
+    """Some of the tensors of a group; each is read when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: list[str]) -> None:
+        self._tensors, self._names = tensors, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def collect(parts: Mapping[str, Stateful]) -> Contents:
@@ -65,8 +106,10 @@ def collect(parts: Mapping[str, Stateful]) -> Contents:
     )
 
 
-def restore(parts: Mapping[str, Stateful], checkpoint: Checkpoint) -> None:
-    """Put every part back to where the checkpoint found it.
+def restore(
+    parts: Mapping[str, Stateful], checkpoint: Checkpoint, *, absent_weights: Container[str] = ()
+) -> None:
+    """Put every part back to where the checkpoint found it, but for what is of ``absent_weights``.
 
     Raises ConfigError, before anything changes, when the checkpoint has other parts than this run.
     """
@@ -84,4 +127,6 @@ def restore(parts: Mapping[str, Stateful], checkpoint: Checkpoint) -> None:
         if isinstance(part, HasValues):
             part.load_state_values(saved[name])
         if isinstance(part, HasTensors):
-            part.load_state_tensors(checkpoint.tensors[name])
+            tensors = checkpoint.tensors[name]
+            own = [key for key in tensors if key.partition("|")[0] not in absent_weights]
+            part.load_state_tensors(_Selected(tensors, own))

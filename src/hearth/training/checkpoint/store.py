@@ -1,7 +1,7 @@
 """The checkpoints of one run on the disk: commit, choose, verify, prune.
 
-With several processes each writes and hashes its own files into the same ``.tmp`` folder, and one of them
-gathers their facts and commits; a file of a process is then called ``GROUP-RANK-of-WORLD.safetensors``.
+With several processes each writes and hashes its own parts into the same ``.tmp`` folder, which all of them
+see, and the first gathers their facts and commits; a file is then called ``GROUP-RANK-of-SIZE.safetensors``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from hearth.training.checkpoint.files import (
     write_bytes,
     write_tensors,
 )
+from hearth.training.checkpoint.sharded import PLACES, Place, ShardedTensors, encode_places, file_stem
+from hearth.training.checkpoint.together import Alone, Together, in_all, in_first
 
 _NAME = re.compile(r"step-(\d{6,})")
 _UNFINISHED = ".tmp"
@@ -42,23 +44,24 @@ _REPLACED = ".old.tmp"
 _SET_ASIDE = ".damaged"
 
 
-class _Groups(Mapping[str, dict[str, Tensor]]):
+class _Groups(Mapping[str, Mapping[str, Tensor]]):
     """Groups of tensors that are read when they are asked for; a group without tensors is empty."""
 
-    def __init__(self, directory: Path, names: list[str]) -> None:
-        self._directory, self._names = directory, names
+    def __init__(self, directory: Path, files: dict[str, list[str]]) -> None:
+        self._directory, self._files = directory, files
 
-    def __getitem__(self, name: str) -> dict[str, Tensor]:
-        if name not in self._names:
-            return {}
-        tensors: dict[str, Tensor] = load_file(self._directory / f"{name}{TENSORS}")
-        return tensors
+    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
+        files = [self._directory / file for file in self._files.get(name, ())]
+        if len(files) == 1 and files[0].stem == name:
+            tensors: dict[str, Tensor] = load_file(files[0])
+            return tensors
+        return ShardedTensors(files)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._files)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._files)
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,24 @@ class Checkpoint:
 
     path: Path
     step: int
-    tensors: Mapping[str, dict[str, Tensor]]
+    tensors: Mapping[str, Mapping[str, Tensor]]
     state: dict[str, Any]
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is to be written; nobody changes it any more."""
+    """What this process is to write; nobody changes it any more.
+
+    ``places``: of tensors that are a part of a larger one, its shape and where in it they begin.
+    """
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: bytes
     metrics: dict[str, float] = field(default_factory=dict)
     best: bool = False
+    places: Mapping[str, Mapping[str, Place]] = field(default_factory=dict)
 
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
@@ -110,8 +117,14 @@ class CheckpointStore:
     """The checkpoints of one run, under ``RUN/checkpoints``, with ``RUN/latest`` and ``RUN/best``."""
 
     def __init__(
-        self, run_dir: Path, *, keep: int = 2, warn: Callable[[str], None] = lambda _message: None
+        self,
+        run_dir: Path,
+        *,
+        keep: int = 2,
+        warn: Callable[[str], None] = lambda _message: None,
+        together: Together | None = None,
     ) -> None:
+        self._together = together or Alone()
         self.run_dir = run_dir
         self.root = run_dir / "checkpoints"
         self.keep = max(2, keep)
@@ -141,26 +154,40 @@ class CheckpointStore:
         """
         final = self.root / checkpoint_name(snapshot.step)
         temporary = final.with_name(final.name + _UNFINISHED)
+        together = self._together
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._require_space(snapshot)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            files = write_snapshot(temporary, snapshot, cancelled)
-            self._commit_files(temporary, final, Manifest(snapshot.step, files, snapshot.metrics))
-            replace_text(self.run_dir / "latest", final.name + "\n")
-            if snapshot.best:
-                replace_text(self.run_dir / "best", final.name + "\n")
+            in_first(together, lambda: self._begin(temporary, snapshot))
+            parts = in_all(together, lambda: write_snapshot(temporary, snapshot, cancelled, together))
+            files = {name: facts for part in parts for name, facts in part.items()}
+            in_first(together, lambda: self._finish(temporary, final, snapshot, files))
         except OSError as error:
+            self._clean_up(temporary)
+            raise self._storage_error(final, snapshot.num_bytes(), error) from error
+        except BaseException:  # told to give up, or Ctrl-C
+            if together.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if together.rank == 0:
+            self.prune()
+        return final
+
+    def _begin(self, temporary: Path, snapshot: Snapshot) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._require_space(snapshot)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+
+    def _finish(self, temporary: Path, final: Path, snapshot: Snapshot, files: dict[str, FileFacts]) -> None:
+        self._commit_files(temporary, final, Manifest(snapshot.step, files, snapshot.metrics))
+        replace_text(self.run_dir / "latest", final.name + "\n")
+        if snapshot.best:
+            replace_text(self.run_dir / "best", final.name + "\n")
+
+    def _clean_up(self, temporary: Path) -> None:
+        if self._together.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             with contextlib.suppress(OSError):
                 self._restore_replaced()
-            raise self._storage_error(final, snapshot.num_bytes(), error) from error
-        except BaseException:  # told to give up, or Ctrl-C
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        self.prune()
-        return final
 
     def _commit_files(self, temporary: Path, final: Path, manifest: Manifest) -> None:
         write_bytes(temporary / MANIFEST, encode_manifest(manifest))
@@ -343,15 +370,23 @@ class CheckpointStore:
 
 
 def write_snapshot(
-    directory: Path, snapshot: Snapshot, cancelled: Callable[[], bool] = _never
+    directory: Path,
+    snapshot: Snapshot,
+    cancelled: Callable[[], bool] = _never,
+    together: Together | None = None,
 ) -> dict[str, FileFacts]:
     """Write the files of this process durably, and return what the manifest must say of them."""
-    files = {
-        f"{group}{TENSORS}": write_tensors(directory / f"{group}{TENSORS}", tensors, cancelled)
-        for group, tensors in snapshot.tensors.items()
-        if tensors
-    }
-    files[STATE] = write_bytes(directory / STATE, snapshot.state, cancelled)
+    where = together or Alone()
+    files = {}
+    for group, tensors in snapshot.tensors.items():
+        if not tensors:
+            continue
+        name = f"{file_stem(group, where.rank, where.size)}{TENSORS}"
+        places = snapshot.places.get(group)
+        metadata = {PLACES: encode_places(places)} if places else None
+        files[name] = write_tensors(directory / name, tensors, cancelled, metadata=metadata)
+    if where.rank == 0:
+        files[STATE] = write_bytes(directory / STATE, snapshot.state, cancelled)
     return files
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from hearth.training.batches import Batch, Rows, as_rows, collate
@@ -43,6 +44,14 @@ class Losses:
     def of_tokens(cls, loss: Tensor, num_tokens: float) -> Losses:
         """The loss of an objective that only counts tokens."""
         return cls({TOKENS: loss}, {TOKENS: num_tokens})
+
+    def nothing(self) -> Losses:
+        """The same units and metrics, of nothing."""
+        return Losses(
+            {unit: torch.zeros_like(loss) for unit, loss in self.sums.items()},
+            dict.fromkeys(self.counts, 0.0),
+            dict.fromkeys(self.metrics, (0.0, 0.0)),
+        )
 
     def __iter__(self) -> Iterator[Any]:
         """``loss, num_tokens = losses`` where there is one sum alone."""

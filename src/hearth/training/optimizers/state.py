@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hearth.errors import ConfigError, IntegrityError
+from hearth.parallel.shards import like
 from hearth.training.optimizers.adamw8bit import AdamW8bit
 from hearth.training.optimizers.groups import trainable_parameters
 from hearth.training.optimizers.lion import Lion
@@ -37,7 +39,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
     """The reverse of ``optimizer_tensors``. A weight that never had a gradient has no state.
 
@@ -61,9 +63,14 @@ def load_optimizer_tensors(
         # Fused AdamW counts on the device; the others read their count every step, so it stays on the host.
         fused = isinstance(optimizer, torch.optim.AdamW | MuonWithAdamW)
         optimizer.state[weight] = {
-            field: value if field == "step" and not fused else value.to(weight.device)
+            field: value if field == "step" and not fused else _placed(value, weight)
             for field, value in state.items()
         }
+
+
+def _placed(value: Tensor, weight: Tensor) -> Tensor:
+    """A value on the device of its weight, spread as that is where it has the same shape."""
+    return like(value, weight) if value.shape == weight.shape else value.to(weight.device)
 
 
 def _require_same_kind(optimizer: torch.optim.Optimizer, name: str, fields: set[str]) -> None:

@@ -116,7 +116,7 @@ class KeptRollouts:
         """Kept until the tensors come."""
         self._values = values
 
-    def load_state_tensors(self, tensors: dict[str, Tensor], /) -> None:
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
         """Go on with the rollouts of the checkpoint."""
         self.round, self.rollouts = self._values["round"], None
         if self.round >= 0:
