@@ -119,7 +119,7 @@ def identity_of(trainer: Trainer) -> Identity:
         dataset=trainer.dataset_fingerprint + getattr(trainer.rows, "identity", ""),
         rows=len(trainer.rows),
         tokenizer=tokenizer_hash(trainer.tokenizer),
-        model=trainer.shapes,
+        model=trainer.facts.shapes,
         objective=train.objective,
         batch_size=train.batch_size,
         seed=train.seed,

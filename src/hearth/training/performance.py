@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from hearth.errors import ConfigError
-from hearth.models import flops_per_token
 from hearth.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -146,11 +145,10 @@ class PerformanceCallback(Callback):
         """The figures so far."""
         from hearth.training.session import peak_memory_bytes
 
-        model: Any = trainer.model
         return performance_report(
             trainer.clock.seconds,
             trainer.clock.num_tokens,
-            flops_per_token=flops_per_token(model, trainer._sequence_length()),
+            flops_per_token=trainer.facts.flops_per_token,
             peak_flops=trainer.peak_flops(),
             peak_memory_bytes=peak_memory_bytes(trainer.device),
         )

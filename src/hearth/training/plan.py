@@ -86,7 +86,8 @@ def estimate_memory(
     activations = activation_bytes(unwrap(model).config, width=width, checkpointing=checkpointing) * tokens
     attention_mask = micro_batch_size * sequence_length**2
     head = unwrap(model).get_output_embeddings() if hasattr(unwrap(model), "get_output_embeddings") else None
-    head_gradient = 0 if head is None or not head.weight.requires_grad else 4 * head.weight.numel()
+    weight = getattr(head, "weight", None)  # another stage of a pipeline may have it
+    head_gradient = 0 if weight is None or not weight.requires_grad else 4 * weight.numel()
     step = copies + activations + attention_mask + head_gradient + _WORKSPACE
     return int(weights + gradients + optimizer_bytes + average + step)
 

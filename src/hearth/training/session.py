@@ -14,7 +14,6 @@ import torch
 
 from hearth.config import recipe_hash, to_dict, to_yaml
 from hearth.errors import ConfigError, HearthError, Interrupted
-from hearth.models import flops_per_token, num_parameters
 from hearth.training import rng
 from hearth.training.checkpoint import CheckpointSaver, CheckpointStore, Saved
 from hearth.training.checkpoint.export import write_skeleton
@@ -58,7 +57,7 @@ class Session:
         self._last_saved: Path | None = None
         self._requested_step = -1  # of the newest save, whether it is on the disk yet or not
         self._figures: Mapping[str, float] = {}
-        self._flops = flops_per_token(_config_model(trainer), trainer._sequence_length())
+        self._flops = trainer.facts.flops_per_token
         self._peak = trainer.peak_flops()
 
     def run(self) -> Run:
@@ -403,7 +402,7 @@ class Session:
             "peak_flops": self._peak,
             "train_seconds": self._train_seconds,
             "peak_memory_bytes": peak_memory_bytes(trainer.device),
-            "num_parameters": num_parameters(trainer.model),
+            "num_parameters": trainer.facts.num_parameters,
             "precision": trainer.precision,
             "device": str(trainer.device),
             "dataset_fingerprint": trainer.dataset_fingerprint,
@@ -413,10 +412,6 @@ class Session:
             else run.summary.get("last_checkpoint"),
             "best_checkpoint": best.name if best else None,
         }
-
-
-def _config_model(trainer: Trainer) -> Any:
-    return trainer.model
 
 
 def _first_line(error: BaseException) -> str:

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from hearth.config.recipe import Recipe
 from hearth.errors import ConfigError, DataError, TrainingError
-from hearth.models import flops_per_token, num_parameters, peak_flops
-from hearth.parallel.apply import parallelize
+from hearth.models import peak_flops
+from hearth.parallel.apply import Parallelized, parallelize
 from hearth.parallel.pipeline import Inputs, Pipeline
-from hearth.parallel.sharding import synchronize_gradients
+from hearth.parallel.sharding import LossModule, synchronize_gradients
 from hearth.parallel.world import World
 from hearth.training import rng
 from hearth.training.batches import SEGMENTS, Batch, fingerprint_of, row_at, step_rows
@@ -35,13 +35,15 @@ from hearth.training.callbacks import Callback
 from hearth.training.checkpoint import Checkpoint, Contents, Counters, Stateful, Weights, collect, restore
 from hearth.training.clipping import scale
 from hearth.training.execution import set_up_execution
-from hearth.training.identity import Identity, identity_of, shapes_hash
+from hearth.training.facts import ModelFacts
+from hearth.training.identity import Identity, identity_of
 from hearth.training.loss import kept_gradients, use_split_of
 from hearth.training.micro_batch import choose_micro_batch
 from hearth.training.nonfinite import skip_or_raise
 from hearth.training.objectives import Losses, make_objective
 from hearth.training.observers import own_callbacks
 from hearth.training.optimizers import state_bytes, trainable_parameters
+from hearth.training.optimizers.groups import resolve_settings
 from hearth.training.performance import StepClock
 from hearth.training.plan import TrainingPlan, estimate_memory, resolve_steps, too_long
 from hearth.training.precision import autocast, choose_device, choose_precision
@@ -158,12 +160,13 @@ class Trainer:
         if not trainable_parameters(self.model):
             raise ConfigError("no weight of the model trains", fix="unfreeze some, or add model.adapter")
         notice = set_up_execution(self.model, section, precision=self.precision, device=self.device)
-        self.all_weights = frozenset(name for name, _ in self.model.named_parameters())
-        self.shapes = shapes_hash(self.model)  # those of all stages of a pipeline
+        # Of the whole model, and before it is spread: it freezes what the groups freeze.
+        settings = resolve_settings(self.model, section.parameter_groups, weight_decay=section.weight_decay)
+        self.facts = ModelFacts.of(self.model, self._sequence_length())
         self._parallel = parallelize(
             self.model, self.world, self.config.parallel, sequence_length=self._sequence_length()
         )
-        self.updates = Updates(self.model, section, precision=self.precision)
+        self.updates = Updates(self.model, section, precision=self.precision, settings=settings)
         self.optimizer = self.updates.optimizer
         self.stateful: dict[str, Stateful] = self._stateful()
         if notice is not None:
@@ -220,13 +223,12 @@ class Trainer:
     def plan(self) -> TrainingPlan:
         """What ``fit`` would do, in numbers."""
         section, length = self.config.train, self._sequence_length()
-        trainable = sum(weight.numel() for weight in trainable_parameters(self.model).values())
         model: Any = self.model
         return TrainingPlan(
             objective=section.objective,
             architecture=str(model.config.model_type),
-            num_parameters=num_parameters(self.model),
-            num_trainable_parameters=trainable,
+            num_parameters=self.facts.num_parameters,
+            num_trainable_parameters=self.facts.num_trainable_parameters,
             num_rows=len(self.rows),
             num_eval_rows=self._num_eval_rows(),
             sequence_length=length,
@@ -238,7 +240,7 @@ class Trainer:
             epochs=self.total_steps * section.batch_size / len(self.rows),
             precision=self.precision,
             device=str(self.device),
-            flops_per_token=flops_per_token(model, length),
+            flops_per_token=self.facts.flops_per_token,
             memory_bytes=estimate_memory(
                 self.model,
                 micro_batch_size=self.micro_batch_size,
@@ -520,7 +522,7 @@ class Trainer:
         """Continue from a checkpoint. Raises ConfigError when data, tokenizer or model differ."""
         self.identity.require_match(checkpoint)
         own = {name for name, _ in self.model.named_parameters()}
-        restore(self.stateful, checkpoint, absent_weights=self.all_weights - own)
+        restore(self.stateful, checkpoint, absent_weights=self.facts.names - own)
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """The weights of a checkpoint, nothing else."""
@@ -544,6 +546,7 @@ class Trainer:
         """Median seconds of an optimizer step, after one to warm up. Runs on a copy; nothing here changes."""
         trial = copy.copy(self)
         trial.model = copy.deepcopy(self.model)
+        trial._parallel = Parallelized(LossModule(trial.model))
         if not self._objective_started:
             trial.total_steps = num_steps + 1  # what an objective prepares for a run, it prepares for these
         trial.updates = Updates(trial.model, self.config.train, precision=self.precision)

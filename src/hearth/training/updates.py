@@ -15,8 +15,11 @@ from hearth.training.optimizers import build_optimizer, set_learning_rate, train
 from hearth.training.scaler import LossScaler
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hearth.config.recipe import TrainSection
     from hearth.training.checkpoint import Stateful
+    from hearth.training.optimizers.groups import Settings
 
 
 class Updates:
@@ -25,10 +28,17 @@ class Updates:
     ``average`` is None without ``ema_decay``, ``scaler`` None but in float16.
     """
 
-    def __init__(self, model: nn.Module, section: TrainSection, *, precision: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        section: TrainSection,
+        *,
+        precision: str,
+        settings: Mapping[str, Settings] | None = None,
+    ) -> None:
         self._model = model
         self._grad_clip = section.grad_clip
-        self.optimizer = build_optimizer(model, section)
+        self.optimizer = build_optimizer(model, section, settings)
         self.scaler = LossScaler() if precision == "fp16" else None
         self.average = WeightAverage(model, section.ema_decay) if section.ema_decay else None
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 from torch.optim import Adafactor, AdamW, Optimizer
 
 from hearth.config.recipe import TrainSection
 from hearth.errors import ConfigError
 from hearth.training.optimizers.adamw8bit import AdamW8bit
-from hearth.training.optimizers.groups import param_groups, resolve_settings
+from hearth.training.optimizers.groups import Settings, param_groups, resolve_settings
 from hearth.training.optimizers.lion import Lion
 from hearth.training.optimizers.muon import MuonWithAdamW
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "adamw8bit")
 
 
-def build_optimizer(model: nn.Module, section: TrainSection) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, section: TrainSection, settings: Mapping[str, Settings] | None = None
+) -> Optimizer:
     """The optimizer of ``train.optimizer`` over the weights that train; freezes what the groups freeze.
 
     adamw: decoupled weight decay (Loshchilov & Hutter 2019), torch's fused kernel.
@@ -26,9 +30,11 @@ def build_optimizer(model: nn.Module, section: TrainSection) -> Optimizer:
     of an AdamW update (Liu et al. 2025, section 2.2) so that one rate serves both; AdamW for the others.
     adamw8bit: AdamW with block-wise 8-bit moments (Dettmers et al. 2022).
 
+    ``settings``: what `resolve_settings` found in the whole model, where ``model`` is a part of it.
     Raises ConfigError for an unknown name, for groups that match nothing, and when no weight trains.
     """
-    settings = resolve_settings(model, section.parameter_groups, weight_decay=section.weight_decay)
+    if settings is None:
+        settings = resolve_settings(model, section.parameter_groups, weight_decay=section.weight_decay)
     groups = param_groups(model, settings)
     rate, betas, eps = section.learning_rate, (section.beta1, section.beta2), section.epsilon
     match section.optimizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -102,7 +102,7 @@ def _input_and_output(model: nn.Module) -> Iterable[Tensor]:
         yield weight
 
 
-def param_groups(model: nn.Module, settings: dict[str, Settings]) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, settings: Mapping[str, Settings]) -> list[dict[str, Any]]:
     """Groups as torch.optim takes them, one for each combination of settings, in the order of the weights.
 
     Weights that are spread over different meshes are in different groups: fused kernels take them apart.
@@ -110,6 +110,8 @@ def param_groups(model: nn.Module, settings: dict[str, Settings]) -> list[dict[s
     weights = trainable_parameters(model)
     groups: dict[tuple[Settings, int], dict[str, Any]] = {}
     for name, chosen in settings.items():
+        if name not in weights:  # another stage of a pipeline has it
+            continue
         group = groups.setdefault(
             (chosen, id(getattr(weights[name], "device_mesh", None))),
             {
