@@ -31,12 +31,20 @@ class _LaunchGroup(click.Group):
         return super().parse_args(ctx, args)
 
 
+class _StartCommand(click.Command):
+    """The command that needs no name."""
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        assert ctx.parent is not None
+        formatter.write_usage(ctx.parent.command_path, " ".join(self.collect_usage_pieces(ctx)))
+
+
 @click.group(cls=_LaunchGroup, add_help_option=False)
 def launch() -> None:
     """Start a recipe on many processes, here or on a cluster."""
 
 
-@launch.command(context_settings={"help_option_names": ["-h", "--help"]})
+@launch.command(cls=_StartCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("recipe", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(

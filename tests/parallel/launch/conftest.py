@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +75,13 @@ def launch_local(make_spec: Callable[..., JobSpec], told: Told) -> Callable[...,
         return backend.submit(spec, rendered, told.watch), job
 
     return launch
+
+
+@pytest.fixture
+def bare_spec(make_spec: Callable[..., JobSpec]) -> Callable[..., JobSpec]:
+    """The same without the options of backends that watch."""
+
+    def make(*orders: str, options: dict[str, str] | None = None, **changes: Any) -> JobSpec:
+        return replace(make_spec(*orders, **changes), options=tuple((options or {}).items()))
+
+    return make

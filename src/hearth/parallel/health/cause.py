@@ -48,8 +48,8 @@ def blame(
 ) -> list[int]:
     """Of ranks that hang, those that the others probably wait for; several where nothing tells them apart.
 
-    A process that is stopped, or cannot even be asked for its stacks (``silent``), is what the others wait for;
-    else one that is not itself waiting, by its stacks.
+    A process that is stopped, or cannot even be asked for its stacks (``silent``), is what the others wait
+    for; else one that is not itself waiting, by its stacks.
     """
     assert hung
     for known in (stopped, silent):

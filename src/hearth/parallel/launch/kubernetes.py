@@ -230,8 +230,8 @@ class KubernetesBackend:
 def check_documents(documents: list[dict[str, Any]]) -> None:
     """Raise ConfigError for a manifest that is not what the models of kubeflow-trainer-api describe.
 
-    Wrong types and missing fields are the models' own errors; a field that they do not know gets lost on the
-    way through them. Raises ImportError without the library.
+    Wrong types are the models' own errors. On the way through them a field that they do not know gets lost,
+    and one that they miss is added. Raises ImportError without the library.
     """
     from kubeflow_trainer_api import models
     from pydantic import ValidationError
@@ -251,8 +251,11 @@ def check_documents(documents: list[dict[str, Any]]) -> None:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise ConfigError(f"{kind} {document['metadata']['name']}: {where}: {first['msg']}") from error
+        name = document["metadata"]["name"]
         if lost := _lost(document, kept):
-            raise ConfigError(f"{kind} {document['metadata']['name']} has an unknown field: {lost}")
+            raise ConfigError(f"{kind} {name} has an unknown field: {lost}")
+        if added := _lost(kept, document):
+            raise ConfigError(f"{kind} {name} lacks a field: {added}")
 
 
 def status_of(status: Mapping[str, Any], target: str) -> JobStatus:

@@ -169,7 +169,7 @@ class RayGroup:
                 death = self._deaths.get(missing[0])
                 words = "no answer" if death is None else death.tail
                 raise TrainingError(
-                    f"rank {missing[0]} did not start on Ray in {spec.join_timeout} s (--join-timeout): {words}",
+                    f"rank {missing[0]} did not start in --join-timeout {spec.join_timeout} s: {words}",
                     fix="see `ray status`, and that Hearth is installed on every node",
                 )
             host, port, _ = found[0]

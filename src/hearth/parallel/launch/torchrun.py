@@ -188,7 +188,7 @@ def _follow(process: subprocess.Popen[str], log: Path, watch: Watch, stop: StopR
     log.parent.mkdir(parents=True, exist_ok=True)
 
     def read(source: IO[str]) -> None:
-        with log.open("w", encoding="utf-8") as file:
+        with source, log.open("w", encoding="utf-8") as file:
             for line in source:
                 file.write(line)
                 file.flush()

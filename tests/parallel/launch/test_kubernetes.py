@@ -1,0 +1,157 @@
+"""Manifests, against the published models of the API where they are installed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hearth.errors import ConfigError
+from hearth.parallel.launch.backend import Watch
+from hearth.parallel.launch.kubernetes import KubernetesBackend, check_documents, status_of
+from hearth.parallel.launch.spec import JobSpec, Resources
+
+KINDS = ["trainjob", "jobset", "job"]
+Make = Callable[..., JobSpec]
+
+
+@pytest.fixture
+def pod_spec(bare_spec: Make, tmp_path: Path) -> Make:
+    def make(kind: str = "job", **changes: Any) -> JobSpec:
+        recipe = tmp_path / "my recipe.yaml"
+        recipe.write_text("train: {steps: 5}\n")
+        given = {
+            "recipe": str(recipe), "workspace": "/hearth/.hearth", "image": "registry/hearth:1", "nodes": 2,
+            "processes": 8, "resources": Resources(8, 64, 1024), "time_limit": 3600,
+            "overrides": ("train.steps=9",),
+        }  # fmt: skip
+        options = {"kind": kind, **changes.pop("options", {})}
+        return bare_spec(**{**given, **changes}, options=options)
+
+    return make
+
+
+def render(spec: JobSpec) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(KubernetesBackend().render(spec).files["job.yaml"]))
+
+
+def container_of(document: dict[str, Any]) -> dict[str, Any]:
+    spec = document["spec"]
+    if document["kind"] == "JobSet":
+        spec = spec["replicatedJobs"][0]["template"]["spec"]
+    if document["kind"] == "TrainJob":
+        return dict(spec["trainer"])
+    return dict(spec["template"]["spec"]["containers"][0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_what_the_models_describe(pod_spec: Make, kind: str) -> None:
+    pytest.importorskip("kubeflow_trainer_api", reason="install the extra kubernetes")
+    check_documents(render(pod_spec(kind)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_typos_and_wrong_types_are_refused(pod_spec: Make, kind: str) -> None:
+    pytest.importorskip("kubeflow_trainer_api", reason="install the extra kubernetes")
+    documents = render(pod_spec(kind))
+    broken = copy.deepcopy(documents)
+    container_of(broken[-1])["env"][0]["valu"] = "x"
+    with pytest.raises(ConfigError, match=r"has an unknown field: spec\..*env\[0\]\.valu"):
+        check_documents(broken)
+    broken = copy.deepcopy(documents)
+    broken[-1]["spec"]["suspend"] = "perhaps"
+    with pytest.raises(ConfigError, match="suspend: Input should be a valid boolean"):
+        check_documents(broken)
+    broken = copy.deepcopy(documents)
+    del container_of(broken[-1])["env"][0]["name"]
+    with pytest.raises(ConfigError, match=r"lacks a field: spec\..*env\[0\]\.name"):
+        check_documents(broken)
+
+
+@pytest.mark.parametrize("kind", ["jobset", "job"])
+def test_core_objects_pass_kubernetes_own_schema(pod_spec: Make, kind: str) -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    for document in render(pod_spec(kind)):
+        if document["kind"] == "JobSet":
+            job = document["spec"]["replicatedJobs"][0]["template"]
+            document = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **job}
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pods_find_recipe_workspace_and_each_other(pod_spec: Make, kind: str) -> None:
+    documents = render(pod_spec(kind))
+    kinds = {"trainjob": ["ConfigMap", "TrainJob"], "jobset": ["ConfigMap", "JobSet"]}
+    assert [document["kind"] for document in documents] == kinds.get(kind, ["ConfigMap", "Service", "Job"])
+    assert documents[0]["data"] == {"job-1.yaml": "train: {steps: 5}\n"}
+    container = container_of(documents[-1])
+    assert container["command"][0] == "torchrun"
+    assert container["command"][-2:] == ["/hearth/job-1.yaml", "train.steps=9"]
+    env = {each["name"]: each["value"] for each in container["env"]}
+    assert env["HEARTH_JOB_DIR"] == "/hearth/.hearth/jobs/job-1"
+    endpoint = {"jobset": "job-1-node-0-0.job-1", "job": "job-1-0.job-1"}.get(kind)
+    assert [word for word in container["command"] if "endpoint" in word] == (
+        [f"--rdzv-endpoint={endpoint}:29400"] if endpoint else []
+    )
+    if kind == "trainjob":
+        assert (container["numNodes"], container["numProcPerNode"]) == (2, 8)
+    resources = container["resourcesPerNode" if kind == "trainjob" else "resources"]
+    assert resources["limits"] == {"cpu": "64", "memory": "1024Mi", "nvidia.com/gpu": "8"}
+
+
+def test_options_reach_the_manifests(pod_spec: Make) -> None:
+    options = {"namespace": "lab", "claim": "data", "gpu-resource": "amd.com/gpu", "save-seconds": "60"}
+    spec = pod_spec("job", options=options)
+    document = render(spec)[-1]
+    pod = document["spec"]["template"]["spec"]
+    assert document["metadata"]["namespace"] == "lab"
+    assert pod["terminationGracePeriodSeconds"] == 90
+    assert {"name": "hearth", "persistentVolumeClaim": {"claimName": "data"}} in pod["volumes"]
+    assert pod["containers"][0]["resources"]["limits"]["amd.com/gpu"] == "8"
+    assert KubernetesBackend().render(spec).commands == (
+        ("kubectl", "--namespace", "lab", "apply", "-f", "-"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "pod"}, "kind=pod is unknown"),
+        ({"image": None}, "needs an image"),
+        ({"name": "x" * 51}, "has 51 letters"),
+    ],
+)
+def test_what_kubernetes_cannot_be_asked(pod_spec: Make, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        KubernetesBackend().render(pod_spec(**changes))
+
+
+def test_without_kubectl_the_fix_is_told(
+    pod_spec: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    spec = pod_spec()
+    with pytest.raises(ConfigError, match="kubectl was not found") as caught:
+        KubernetesBackend().submit(spec, KubernetesBackend().render(spec), Watch())
+    assert "install kubectl" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("status", "state"),
+    [
+        ({}, "pending"),
+        ({"active": 2}, "running"),
+        ({"replicatedJobsStatus": [{"name": "node", "active": 1}]}, "running"),
+        ({"jobsStatus": [{"name": "node", "active": 1}]}, "running"),
+        ({"conditions": [{"type": "Complete", "status": "True"}]}, "finished"),
+        ({"conditions": [{"type": "Completed", "status": "True"}]}, "finished"),
+        ({"conditions": [{"type": "Complete", "status": "False"}], "active": 1}, "running"),
+        ({"conditions": [{"type": "Failed", "status": "True", "reason": "DeadlineExceeded"}]}, "failed"),
+    ],
+)
+def test_conditions_in_our_words(status: dict[str, Any], state: str) -> None:
+    assert status_of(status, "jobs/job-1").state == state
