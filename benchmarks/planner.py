@@ -166,8 +166,9 @@ def measure(case: Case) -> dict[str, Any]:
 
     config, settings = configuration(case), recipe(case)
     precision: Any = choose_precision(case.precision, "cpu")
-    cluster = measure_cpu(1, precision=precision)
     facts = facts_of_config(config)
+    tokens = case.micro * case.length
+    cluster = measure_cpu(1, facts, tokens=tokens, length=case.length, precision=precision)
     job = job_of_recipe(settings, precision=precision, device="cpu")
     predicted = memory_of(facts, job, Plan.of(settings.parallel, 1), device="cpu")
     step = step_time(facts, job, Plan.of(settings.parallel, 1), cluster)

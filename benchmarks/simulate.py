@@ -3,6 +3,7 @@
     python benchmarks/simulate.py                       # minutes; tables on standard output
     python benchmarks/simulate.py --plots docs/images   # and the plots of docs/scale.md
     python benchmarks/simulate.py --quick               # two models on few sizes: seconds
+    python benchmarks/simulate.py --bf16                # had weights been gathered in bfloat16
 
 Models of Llama 3.1's shapes, steps of 16 M tokens in rows of 8,192 on nodes of eight H100 with NVLink and
 InfiniBand. For each number of GPUs the planner's fastest layout of each kind trains for a month, five times,
@@ -35,8 +36,8 @@ ROWS, LENGTH = 2048, 8192
 SEED = 0
 
 
-def run_model(name: str, sizes: Sequence[int]) -> dict[str, list[Point]]:
-    """The study of one model."""
+def run_model(name: str, sizes: Sequence[int], *, bf16: bool) -> dict[str, list[Point]]:
+    """The study of one model. ``bf16``: weights are gathered in bfloat16, without autocast's copies."""
     hidden, inner, layers, heads = SHAPES[name]
     config = AutoConfig.for_model(
         "llama",
@@ -48,14 +49,14 @@ def run_model(name: str, sizes: Sequence[int]) -> dict[str, list[Point]]:
         num_key_value_heads=8,
         tie_word_embeddings=False,
     )
-    job = Job(LENGTH, ROWS, 1, isolated=False)
+    job = Job(LENGTH, ROWS, 1, isolated=False, gathers_bf16=bf16)
     clusters = [make_cluster(size, interconnect="nvlink+ib") for size in sizes]
     return study(facts_of_config(config), job, clusters, faults=Faults(), seed=SEED)
 
 
 def table(name: str, found: dict[str, list[Point]], sizes: Sequence[int]) -> str:
     """MFU and goodput by kind and size, and the fastest layout."""
-    by_size = {size: {} for size in sizes}  # type: dict[int, dict[str, Point]]
+    by_size: dict[int, dict[str, Point]] = {size: {} for size in sizes}
     for kind, points in found.items():
         for point in points:
             by_size[point.num_devices][kind] = point
@@ -91,11 +92,12 @@ def main() -> None:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--plots", type=Path, help="folder for the plots")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="two models on few sizes")
+    parser.add_argument("--bf16", action="store_true", help="as if weights were gathered in bfloat16")
     arguments = parser.parse_args()
     names = ["1B", "8B"] if arguments.quick else list(SHAPES)
     sizes = (8, 64, 512) if arguments.quick else SIZES
-    results = {name: run_model(name, sizes) for name in names}
+    results = {name: run_model(name, sizes, bf16=arguments.bf16) for name in names}
     for name, found in results.items():
         print(table(name, found, sizes), end="\n\n")
     if arguments.plots:
@@ -119,7 +121,12 @@ def main() -> None:
         }
         for name, found in results.items()
     }
-    path = write_result("simulate", figures, settings={"rows": ROWS, "length": LENGTH}, machine=hardware())
+    path = write_result(
+        "simulate",
+        figures,
+        settings={"rows": ROWS, "length": LENGTH, "bf16": arguments.bf16},
+        machine=hardware(),
+    )
     print(f"written to {path.name}")
 
 

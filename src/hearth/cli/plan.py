@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -11,10 +12,11 @@ from hearth.errors import ConfigError
 
 if TYPE_CHECKING:
     from hearth.config import Recipe
-    from hearth.parallel.planner import Cluster, Planning
+    from hearth.parallel.planner import Cluster, ModelFacts, Planning
     from hearth.parallel.planner.job import Precision
 
 _GIB = 1 << 30
+_ROUNDS = 5  # of a simulated run
 
 
 @click.command()
@@ -58,18 +60,19 @@ def plan(
     """
     from hearth.config import load_recipe
 
-    if price is not None and price < 0:
-        raise ConfigError(f"--price {price} is negative")
     loaded = load_recipe(recipe, overrides).recipe
-    cluster, precision = _cluster(loaded, gpus, gpu, gpu_memory, interconnect, gpus_per_node, price)
+    hardware = _Hardware(gpus, gpu, gpu_memory, interconnect, gpus_per_node, price)
+    hardware.check()
     from hearth.models.sizes import parse_size
     from hearth.parallel.planner import choose, facts_of_recipe, job_of_recipe
     from hearth.parallel.planner.job import what_is_missing
 
     num_tokens = None if tokens is None else parse_size(tokens)
     device = "cpu" if gpu == "cpu" else "cuda"
+    facts = facts_of_recipe(loaded)
+    cluster, precision = hardware.cluster(loaded, facts)
     job = job_of_recipe(loaded, precision=precision, device=device)
-    planning = choose(facts_of_recipe(loaded), job, cluster, device=device)
+    planning = choose(facts, job, cluster, device=device)
     missing = what_is_missing(loaded)
     if missing is not None:
         note(f"note: {missing}")
@@ -81,31 +84,62 @@ def plan(
     _show(planning, num_tokens, top)
 
 
-def _cluster(
-    recipe: Recipe,
-    gpus: int,
-    gpu: str,
-    gpu_memory: str | None,
-    interconnect: str | None,
-    per_node: int | None,
-    price: float | None,
-) -> tuple[Cluster, Precision]:
-    """The devices, and the arithmetic that train.precision: auto means on them."""
-    from hearth.parallel.planner.hardware import make_cluster, parse_bytes
+@dataclass(frozen=True)
+class _Hardware:
+    """What the command line says of the devices."""
 
-    memory = None if gpu_memory is None else parse_bytes(gpu_memory)
-    if gpu != "cpu":
-        found = make_cluster(
-            gpus, gpu=gpu, memory=memory, interconnect=interconnect, per_node=per_node, price=price
+    number: int
+    kind: str
+    memory: str | None
+    interconnect: str | None
+    per_node: int | None
+    price: float | None
+
+    def check(self) -> None:
+        """Refuse, before anything is built, what cannot be."""
+        if self.price is not None and self.price < 0:
+            raise ConfigError(f"--price {self.price} is negative")
+        if self.kind != "cpu":
+            self._table()
+        elif self.interconnect is not None or self.per_node is not None:
+            text = "--interconnect and --gpus-per-node say nothing of --gpu cpu"
+            raise ConfigError(text, fix="leave them out")
+
+    def cluster(self, recipe: Recipe, facts: ModelFacts) -> tuple[Cluster, Precision]:
+        """The devices, and the arithmetic that train.precision: auto means on them."""
+        if self.kind != "cpu":
+            return self._table(), "bf16"
+        from hearth.parallel.planner.calibration import cpu_precision, measure_cpu
+
+        rows, length = recipe.train.micro_batch_size, recipe.data.sequence_length
+        precision = cpu_precision(recipe.train.precision)
+        found = measure_cpu(
+            self.number,
+            facts,
+            tokens=length * (1 if rows == "auto" else rows),
+            length=length,
+            precision=precision,
+            memory=self._bytes(),
+            price=self.price,
         )
-        return found, "bf16"
-    if interconnect is not None or per_node is not None:
-        raise ConfigError("--interconnect and --gpus-per-node say nothing of --gpu cpu", fix="leave them out")
-    from hearth.parallel.planner.calibration import cpu_precision, measure_cpu
+        return found, precision
 
-    precision = cpu_precision(recipe.train.precision)
-    found = measure_cpu(gpus, precision=precision, memory=memory, price=price)
-    return found, precision
+    def _bytes(self) -> int | None:
+        from hearth.parallel.planner.hardware import parse_bytes
+
+        return None if self.memory is None else parse_bytes(self.memory)
+
+    def _table(self) -> Cluster:
+        from hearth.parallel.planner.hardware import make_cluster
+
+        return make_cluster(
+            self.number,
+            gpu=self.kind,
+            memory=self._bytes(),
+            interconnect=self.interconnect,
+            per_node=self.per_node,
+            price=self.price,
+        )
 
 
 def _show(planning: Planning, tokens: int | None, top: int) -> None:
@@ -133,9 +167,33 @@ def _show(planning: Planning, tokens: int | None, top: int) -> None:
     for reason in planning.reasons:
         click.echo(f"  - {reason}")
     if tokens is not None:
-        days = tokens / chosen.step.tokens_per_day
-        click.echo(f"\n{tokens:.3g} tokens: {days:,.3g} days without failures")
+        click.echo(f"\n{_how_long(planning, tokens)}")
     whole = cost(planning, chosen, tokens or 1e9)
     if whole is not None:
         click.echo(f"cost of {tokens or 1e9:.3g} tokens: {whole:,.2f}")
     click.echo(f"\nfor the recipe:\n{paste(chosen)}")
+
+
+def _how_long(planning: Planning, tokens: int) -> str:
+    """Days of so many tokens, without failures and with them."""
+    chosen, cluster = planning.chosen, planning.cluster
+    days = tokens / chosen.step.tokens_per_day
+    text = f"{tokens:.3g} tokens: {days:,.3g} days without failures"
+    if cluster.num_devices == 1:
+        return text
+    from hearth.parallel.simulation.run import Faults, simulate_many
+    from hearth.parallel.simulation.study import saves_of
+
+    outcome = simulate_many(
+        rounds=_ROUNDS,
+        step_seconds=chosen.step.seconds,
+        num_steps=max(1, round(tokens / chosen.step.tokens)),
+        num_devices=cluster.num_devices,
+        faults=Faults(),
+        saves=saves_of(planning.facts, cluster),
+    )
+    number = outcome.failures / _ROUNDS
+    return (
+        f"{text}; {days / outcome.goodput:,.3g} days with {number:,.0f} of them, at the rate of Llama 3's "
+        f"report (goodput {outcome.goodput:.1%})"
+    )

@@ -8,6 +8,7 @@ the residual stream are float32 and every linear layer keeps its own copy of its
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from hearth.parallel.planner.facts import Layer, ModelFacts
@@ -89,6 +90,22 @@ def saved_by_layer(
             Saved("routes", 40.0 * experts, _NONE | _SELECTIVE),
         ]
     return own
+
+
+@functools.lru_cache(maxsize=4096)
+def bytes_by_mode(
+    facts: ModelFacts, layer: Layer, job: Job, tensor: int, sequence: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """For one token and each mode of checkpointing: what a layer keeps, and what it has while it runs again.
+
+    ``job``: `Job.one_row`, as cuts of a step change nothing here.
+    """
+    saved = saved_by_layer(facts, layer, job, tensor=tensor, sequence=sequence)
+    modes = ("none", "selective", "full")
+    return (
+        {mode: layer_bytes(saved, mode) for mode in modes},
+        {mode: recomputed_bytes(saved, mode) for mode in modes},
+    )
 
 
 def layer_bytes(saved: list[Saved], mode: str) -> float:

@@ -156,11 +156,13 @@ def find_choices(
     allowed = modes or _MODES[_MODES.index(job.checkpointing) :]
     found: list[Choice] = []
     legal = 0
+    jobs: dict[tuple[int, str], Job] = {}
     for plan in legal_plans(facts, job, cluster, offload=offload):
         best: Choice | None = None
         for micro in micro_batch_sizes(job, plan):
             for mode in allowed:
-                own = job.with_(micro_batch_size=micro, checkpointing=mode)
+                own = jobs.get((micro, mode)) or job.with_(micro_batch_size=micro, checkpointing=mode)
+                jobs[micro, mode] = own
                 memory = memory_of(facts, own, plan, device=device)
                 legal += 1
                 if memory.total > room:

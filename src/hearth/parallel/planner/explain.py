@@ -25,7 +25,7 @@ def excess(planning: Planning, choice: Choice) -> float:
     """
     facts, job, layout = planning.facts, choice.job, choice.plan.layout
     state = place(facts, job, range(facts.num_layers), first=True, last=True, tensor=1, expert=1)
-    whole = state.dense + state.experts + state.ends
+    whole = state.whole
     held = whole.weights + whole.gradients + whole.optimizer + whole.average
     return held / (layout.tensor * layout.pipeline) / planning.cluster.device.memory
 

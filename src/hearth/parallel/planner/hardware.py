@@ -30,6 +30,7 @@ class Device:
     bandwidth: float  # of its memory
     link: str  # how it talks to its neighbours in the node unless the user says otherwise
     per_node: int = 8
+    attention: float | None = None  # rate of attention, where it was measured
     launch: float = 5e-6  # seconds between two kernels that wait for each other; compiled code has fewer
 
 

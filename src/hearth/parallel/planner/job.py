@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -53,6 +54,11 @@ class Job:
     def width(self) -> int:
         """Bytes of the type that products are computed in."""
         return 4 if self.precision == "fp32" else 2
+
+    @functools.cached_property
+    def one_row(self) -> Job:
+        """The same job with nothing that a cut of the step changes: what tables are kept by."""
+        return replace(self, batch_size=1, micro_batch_size=1, checkpointing="none")
 
     def with_(self, **changes: object) -> Job:
         """The same with other values."""

@@ -7,14 +7,15 @@ optimizer works with). The memory is that of the largest, part by part.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from hearth.config.parallel import ParallelSection
 from hearth.parallel.layout import Layout
 from hearth.parallel.pipeline import divide_layers
-from hearth.parallel.planner.activations import layer_bytes, recomputed_bytes, residual_width, saved_by_layer
-from hearth.parallel.planner.facts import ModelFacts
+from hearth.parallel.planner.activations import bytes_by_mode, residual_width
+from hearth.parallel.planner.facts import Layer, ModelFacts
 from hearth.parallel.planner.job import Job
 from hearth.parallel.planner.schedules import in_flight
 from hearth.parallel.planner.state import Placed, State, place
@@ -89,7 +90,7 @@ class Memory:
 
     def parts(self) -> dict[str, float]:
         """Bytes by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return dict(vars(self))
 
 
 def memory_of(facts: ModelFacts, job: Job, plan: Plan, *, device: str = "cuda") -> Memory:
@@ -99,10 +100,21 @@ def memory_of(facts: ModelFacts, job: Job, plan: Plan, *, device: str = "cuda") 
     return max((_memory_of_stage(facts, job, plan, stage, device) for stage in ends), key=lambda m: m.total)
 
 
-def stage_layers(facts: ModelFacts, plan: Plan, stage: int) -> list[int]:
+def stage_layers(facts: ModelFacts, plan: Plan, stage: int) -> tuple[int, ...]:
     """The layers of a pipeline process: its pieces go round."""
-    pieces = divide_layers(facts.num_layers, plan.layout.pipeline * plan.chunks)
-    return [layer for piece in pieces[stage :: plan.layout.pipeline] for layer in piece]
+    return _stage_layers(facts.num_layers, plan.layout.pipeline, plan.chunks, stage)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stage_layers(num_layers: int, pipeline: int, chunks: int, stage: int) -> tuple[int, ...]:
+    pieces = divide_layers(num_layers, pipeline * chunks)
+    return tuple(layer for piece in pieces[stage::pipeline] for layer in piece)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kinds(facts: ModelFacts, layers: tuple[int, ...]) -> tuple[tuple[Layer, int], ...]:
+    """Kinds of layers, and how many there are of each."""
+    return tuple(Counter(facts.layers[index] for index in layers).items())
 
 
 def has_ends(plan: Plan, stage: int) -> tuple[bool, bool]:
@@ -117,7 +129,7 @@ def _memory_of_stage(facts: ModelFacts, job: Job, plan: Plan, stage: int, device
     placed = place(facts, job, layers, first=first, last=last, tensor=layout.tensor, expert=layout.expert)
     held, comm = _held(placed, job, plan)
     accumulates = plan.micro_batches(job) > 1
-    whole = placed.dense + placed.experts + placed.ends
+    whole = placed.whole
     acts = _activations(facts, job, plan, stage, layers, first=first, last=last)
     copies = 0.0
     if job.width < 4 and not (job.gathers_bf16 or job.bf16_state):
@@ -185,7 +197,7 @@ class _Communication:
 def _held(placed: Placed, job: Job, plan: Plan) -> tuple[State, _Communication]:
     """What stays from step to step after ZeRO has divided it, and what is gathered on the way."""
     layout = plan.layout
-    whole = placed.dense + placed.experts + placed.ends
+    whole = placed.whole
     shard = state_processes(job, plan)
     if not uses_fsdp(job, plan):
         return whole, _Communication()
@@ -230,16 +242,12 @@ def _words(facts: ModelFacts, job: Job, plan: Plan) -> float:
 
 
 def _activations(
-    facts: ModelFacts, job: Job, plan: Plan, stage: int, layers: list[int], *, first: bool, last: bool
+    facts: ModelFacts, job: Job, plan: Plan, stage: int, layers: tuple[int, ...], *, first: bool, last: bool
 ) -> float:
     layout, tokens = plan.layout, _local_tokens(job, plan)
-    kinds = Counter(facts.layers[index] for index in layers)
     per_token = sum(
-        number
-        * layer_bytes(
-            saved_by_layer(facts, layer, job, tensor=layout.tensor, sequence=plan.sequence), job.checkpointing
-        )
-        for layer, number in kinds.items()
+        number * bytes_by_mode(facts, layer, job.one_row, layout.tensor, plan.sequence)[0][job.checkpointing]
+        for layer, number in _kinds(facts, layers)
     )
     micro_batches = max(1, plan.micro_batches(job))
     flying = in_flight(
@@ -264,23 +272,19 @@ def _activations(
     return found
 
 
-def _one_layer(facts: ModelFacts, job: Job, plan: Plan, layers: list[int]) -> float:
+def _one_layer(facts: ModelFacts, job: Job, plan: Plan, layers: tuple[int, ...]) -> float:
     """What a layer has while it is run again in the backward pass."""
     largest = max(
-        recomputed_bytes(
-            saved_by_layer(facts, layer, job, tensor=plan.layout.tensor, sequence=plan.sequence),
-            job.checkpointing,
-        )
-        for layer in {facts.layers[index] for index in layers}
+        bytes_by_mode(facts, layer, job.one_row, plan.layout.tensor, plan.sequence)[1][job.checkpointing]
+        for layer, _ in _kinds(facts, layers)
     )
     return largest * _local_tokens(job, plan)
 
 
-def _transient(facts: ModelFacts, job: Job, plan: Plan, layers: list[int]) -> float:
+def _transient(facts: ModelFacts, job: Job, plan: Plan, layers: tuple[int, ...]) -> float:
     """Gradients of activations in a feed-forward's backward pass: three of its width, two of the model's."""
     inner = 0.0
-    for index in layers:
-        layer = facts.layers[index]
+    for layer, _ in _kinds(facts, layers):
         wide = layer.inner * job.width + facts.experts_per_token * layer.expert_inner * residual_width(job)
         inner = max(inner, wide / plan.layout.tensor)
     per_token = 3 * inner + 2 * residual_width(job) * facts.hidden_size

@@ -107,6 +107,11 @@ class Placed:
     ends: State  # embedding, output layer, last norm: gathered in one piece
     largest_layer: State  # dense and experts, of the largest layer
 
+    @functools.cached_property
+    def whole(self) -> State:
+        """All of it."""
+        return self.dense + self.experts + self.ends
+
 
 def place(
     facts: ModelFacts,
@@ -123,20 +128,20 @@ def place(
     Norms are whole in every tensor process, and so are embedding and head but with ``vocabulary_split``.
     """
     # What a step is cut into changes nothing here, and many cuts are asked for.
-    same = job.with_(sequence_length=1, batch_size=1, micro_batch_size=1, checkpointing="none")
-    return _place(facts, same, frozenset(layers), first, last, tensor, expert)
+    return _place(facts, job.one_row, tuple(layers), first, last, tensor, expert)
 
 
 @functools.lru_cache(maxsize=4096)
 def _place(
     facts: ModelFacts,
     job: Job,
-    layers: frozenset[int],
+    layers: tuple[int, ...],
     first: bool,
     last: bool,
     tensor: int,
     expert: int,
 ) -> Placed:
+    wanted = frozenset(layers)
     dense, experts, ends = State(), State(), State()
     by_layer: dict[int, State] = {}
     for weight in facts.weights:
@@ -146,7 +151,7 @@ def _place(
             if mine or (weight.part == "embedding" and last and facts.tied):
                 ends.add(weight, job, words)
             continue
-        if weight.layer not in layers:
+        if weight.layer not in wanted:
             continue
         is_expert = weight.part == "experts"
         divisor = (1 if weight.part == "norm" else tensor) * (expert if is_expert else 1)

@@ -229,4 +229,4 @@ def _first_stage(facts: ModelFacts, job: Job, plan: Plan) -> State:
         tensor=layout.tensor,
         expert=layout.expert,
     )
-    return placed.dense + placed.experts + placed.ends
+    return placed.whole

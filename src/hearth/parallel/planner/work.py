@@ -18,12 +18,14 @@ PRODUCT_EFFICIENCY = 0.8
 ATTENTION_EFFICIENCY = 0.5
 # Its backward pass has five products where the forward pass has two (Dao 2023, section 3.1).
 _ATTENTION_BACKWARD = 2.5
-# How often a kept activation crosses the memory bus in a step: written, read by what follows and by the
-# backward pass; its gradient written and read. Fused code saves half.
-_CROSSINGS = {False: 5.0, True: 2.5}
-_MEMORY_EFFICIENCY = 0.8
+# Bytes that cross the memory bus in a step for each byte that a layer keeps, counted at every operator of a
+# layer (Qwen3 and Llama, forward and backward, without products and attention; a third of it forward): 12 to
+# 14 under autocast, which converts to and fro, 8 to 9 without. Compiled code fuses chains of operators: a
+# kept value is written, read by what follows and by the backward pass, and its gradient written.
+_CROSSINGS_AUTOCAST, _CROSSINGS_PLAIN, _CROSSINGS_COMPILED = 12.0, 8.0, 4.0
+MEMORY_EFFICIENCY = 0.8
 # Kernels of a layer in a step, forward and backward.
-_KERNELS = {False: 150, True: 45}
+_KERNELS = {False: 180, True: 45}
 # Bytes that an update moves for a weight besides the state: weight and gradient read, weight written, and the
 # gradient twice for its norm and its clipping.
 UPDATE_BYTES = 4 * 6
@@ -67,12 +69,12 @@ def layer_seconds(
     routed = share * facts.count("experts", layer=index) / tensor
     product = 2 * tokens * (dense + routed) / product_rate(job, device)
     attention = 2 * tokens * facts.query_width / tensor * _span(job, layer, context)
-    attention /= ATTENTION_EFFICIENCY * device.matmul
+    attention /= device.attention or ATTENTION_EFFICIENCY * device.matmul
     again = recomputed_share(facts, layer, job)
     attention_again = attention if job.checkpointing == "full" else 0.0
     saved = saved_by_layer(facts, layer, job.with_(isolated=False), tensor=tensor)
-    traffic = tokens * layer_bytes(saved, "none") * _CROSSINGS[job.compiled]
-    moved = traffic / (_MEMORY_EFFICIENCY * device.bandwidth)
+    traffic = tokens * layer_bytes(saved, "none") * _crossings(job)
+    moved = traffic / (MEMORY_EFFICIENCY * device.bandwidth)
     forward = product + attention + moved / 3
     backward = (2 + again) * product + _ATTENTION_BACKWARD * attention + attention_again + 2 / 3 * moved
     backward += moved / 3 if job.checkpointing != "none" else 0.0
@@ -80,6 +82,12 @@ def layer_seconds(
     if device.link == "local":  # a CPU starts the next operator when the last is done
         return Seconds(forward + launches / 3, backward + 2 / 3 * launches)
     return Seconds(max(forward, launches / 3), max(backward, launches * 2 / 3))
+
+
+def _crossings(job: Job) -> float:
+    if job.compiled:
+        return _CROSSINGS_COMPILED
+    return _CROSSINGS_AUTOCAST if job.width < residual_width(job) else _CROSSINGS_PLAIN
 
 
 def product_rate(job: Job, device: Device) -> float:
@@ -105,7 +113,7 @@ def head_seconds(facts: ModelFacts, job: Job, device: Device, *, tokens: float, 
     """The output layer and the loss: three products, all in the forward pass where logits come in chunks."""
     words = facts.vocab_size / (tensor if job.vocabulary_split else 1)
     product = 2 * tokens * words * facts.hidden_size / (PRODUCT_EFFICIENCY * device.matmul)
-    moved = tokens * words * 4 * 6 / (_MEMORY_EFFICIENCY * device.bandwidth)
+    moved = tokens * words * 4 * 6 / (MEMORY_EFFICIENCY * device.bandwidth)
     if device.link == "local":
         moved /= 2  # a chunk stays in the cache
     if job.chunked_loss:
@@ -116,7 +124,7 @@ def head_seconds(facts: ModelFacts, job: Job, device: Device, *, tokens: float, 
 def update_seconds(num_weights: float, state_bytes: float, device: Device) -> float:
     """An update of so many weights: memory traffic, with their state read and written."""
     moved = UPDATE_BYTES * num_weights + 2 * state_bytes
-    return moved / (_MEMORY_EFFICIENCY * device.bandwidth)
+    return moved / (MEMORY_EFFICIENCY * device.bandwidth)
 
 
 def boundary_bytes(facts: ModelFacts, job: Job, *, tokens: float) -> float:
