@@ -50,6 +50,20 @@ def test_a_plan_for_scripts(hearth: Run, recipe: Path) -> None:
     assert figures["not_counted"] is None
 
 
+def test_the_recipe_as_it_stands(hearth: Run, recipe: Path) -> None:
+    fitting = hearth("plan", recipe, "--gpus", 8, "--json", "train.micro_batch_size=1").json["as_it_stands"]
+    assert fitting["fits"]
+    assert "it fits with" in fitting["summary"]
+    tight = hearth(
+        "plan", recipe, "--gpus", 8, "--gpu-memory", "24GB", "parallel.data=8", "train.micro_batch_size=32"
+    )
+    assert tight.code == 0, tight.err
+    assert "as the recipe stands: this run does not fit" in tight.out
+    assert "fix: " in tight.out
+    other = hearth("plan", recipe, "--gpus", 8, "parallel.data=4")
+    assert "as the recipe stands: parallel asks for" in other.out
+
+
 def test_a_plan_for_this_processor(hearth: Run, recipe: Path) -> None:
     outcome = hearth(
         "plan",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -79,9 +79,11 @@ def plan(
     if as_json:
         from hearth.parallel.planner.report import as_dict
 
-        print_json(as_dict(planning, top=top) | {"not_counted": missing})
+        own = _as_it_stands(planning, loaded, device)
+        print_json(as_dict(planning, top=top) | {"as_it_stands": own, "not_counted": missing})
         return
     _show(planning, num_tokens, top)
+    click.echo(f"\nas the recipe stands: {_as_it_stands(planning, loaded, device)['summary']}")
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,24 @@ def _show(planning: Planning, tokens: int | None, top: int) -> None:
     if whole is not None:
         click.echo(f"cost of {tokens or 1e9:.3g} tokens: {whole:,.2f}")
     click.echo(f"\nfor the recipe:\n{paste(chosen)}")
+
+
+def _as_it_stands(planning: Planning, recipe: Recipe, device: str) -> dict[str, Any]:
+    """Whether the recipe's own layout fits, and how it does; else what is wrong with it."""
+    from hearth.parallel.planner.choose import as_it_stands
+
+    try:
+        own = as_it_stands(planning, recipe.parallel, device=device)
+    except ConfigError as error:
+        return {"fits": False, "summary": str(error)}
+    slower = own.step.seconds / planning.chosen.step.seconds
+    text = f"it fits with {own.memory.total / _GIB:.1f} GiB and takes {own.step.seconds:.3g} s a step"
+    return {
+        "fits": True,
+        "memory": round(own.memory.total),
+        "step_seconds": own.step.seconds,
+        "summary": f"{text}, {slower:.2f} times that of the plan",
+    }
 
 
 def _how_long(planning: Planning, tokens: int) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from hearth.config.parallel import ParallelSection
 from hearth.errors import ConfigError
 from hearth.models.sizes import format_count
 from hearth.parallel.layout import Layout
@@ -204,6 +205,21 @@ def choose(facts: ModelFacts, job: Job, cluster: Cluster, *, device: str = "cuda
     ordered = (chosen, *(choice for choice in found if choice is not chosen))
     planning = Planning(facts, job, cluster, ordered, legal)
     return Planning(facts, job, cluster, ordered, legal, tuple(explain(planning)))
+
+
+def as_it_stands(planning: Planning, section: ParallelSection, *, device: str = "cuda") -> Choice:
+    """The recipe's own layout and settings. Raises ConfigError where they cannot be or do not fit."""
+    from hearth.parallel.planner.refusal import check_fits
+
+    job, cluster = planning.job, planning.cluster
+    plan = Plan.of(section, cluster.num_devices)
+    if not plan.micro_batches(job):
+        raise ConfigError(
+            f"train.batch_size {job.batch_size} is no multiple of micro_batch_size {job.micro_batch_size} x "
+            f"{plan.layout.batch_ranks} processes with rows of their own"
+        )
+    memory = check_fits(planning.facts, job, plan, memory_bytes=cluster.device.memory, device=device)
+    return Choice(plan, job, memory, step_time(planning.facts, job, plan, cluster))
 
 
 def _fewest_ranks(facts: ModelFacts, job: Job, cluster: Cluster) -> int:

@@ -128,63 +128,42 @@ def _memory_of_stage(facts: ModelFacts, job: Job, plan: Plan, stage: int, device
     layout = plan.layout
     placed = place(facts, job, layers, first=first, last=last, tensor=layout.tensor, expert=layout.expert)
     held, comm = _held(placed, job, plan)
-    accumulates = plan.micro_batches(job) > 1
     whole = placed.whole
-    acts = _activations(facts, job, plan, stage, layers, first=first, last=last)
-    copies = 0.0
-    if job.width < 4 and not (job.gathers_bf16 or job.bf16_state):
-        copies = 2 * whole.matrices
     head = _head_buffers(facts, job, plan, device) if last else _Head()
+    kept_head = head.kept if facts.tied else 0.0  # until the embedding's gradient is added to it
     embedding = 4.0 * _words(facts, job, plan) * facts.hidden_size if first and job.adapter is None else 0.0
-    kept_copies = copies if job.checkpointing == "none" else 0.0
-    early = held.gradients if accumulates else 0.0
-    base = {"weights": held.weights, "optimizer": held.optimizer, "average": held.average}
-    layer_peak = _transient(facts, job, plan, layers)
-    recomputed = _one_layer(facts, job, plan, layers)
+    copies = 2.0 * whole.matrices if _makes_copies(job) else 0.0
+    early = held.gradients if plan.micro_batches(job) > 1 else 0.0
+    acts = _activations(facts, job, plan, stage, layers, first=first, last=last)
+    passing = _transient(facts, job, plan, layers)
+    again = passing + _one_layer(facts, job, plan, layers)
+    update = _update(job, whole) / state_processes(job, plan)
+    # Gradients, copies, activations, logits, communication: while logits are made, in the last layer's
+    # backward pass, in the first layer's and the embedding's, and in the update.
     moments = [
-        # while logits are made
-        Memory(
-            **base,
-            gradients=early,
-            copies=copies,
-            activations=acts,
-            logits=head.forward,
-            communication=comm.forward,
-            framework=0.0,
-        ),
-        # the last layer's backward pass
-        Memory(
-            **base,
-            gradients=early,
-            copies=kept_copies,
-            activations=acts + layer_peak + recomputed,
-            logits=head.kept if facts.tied else 0.0,
-            communication=comm.backward,
-            framework=0.0,
-        ),
-        # the first layer's, and the embedding's
-        Memory(
-            **base,
-            gradients=held.gradients + embedding,
-            copies=0.0,
-            activations=layer_peak,
-            logits=head.kept if facts.tied else 0.0,
-            communication=comm.backward,
-            framework=0.0,
-        ),
-        # the update
-        Memory(
-            **base,
-            gradients=held.gradients,
-            copies=0.0,
-            activations=_update(job, whole) / state_processes(job, plan),
-            logits=0.0,
-            communication=comm.always,
-            framework=0.0,
-        ),
+        (early, copies, acts, head.forward, comm.forward),
+        (early, copies if job.checkpointing == "none" else 0.0, acts + again, kept_head, comm.backward),
+        (held.gradients + embedding, 0.0, passing, kept_head, comm.backward),
+        (held.gradients, 0.0, update, 0.0, comm.always),
     ]
-    fullest = max(moments, key=lambda memory: memory.total)
-    return replace(fullest, framework=_framework(plan, device, fullest.tensors))
+    gradients, copies, activations, logits, communication = max(moments, key=sum)
+    found = Memory(
+        weights=held.weights,
+        gradients=gradients,
+        optimizer=held.optimizer,
+        average=held.average,
+        copies=copies,
+        activations=activations,
+        logits=logits,
+        communication=communication,
+        framework=0.0,
+    )
+    return replace(found, framework=_framework(plan, device, found.tensors))
+
+
+def _makes_copies(job: Job) -> bool:
+    """Whether autocast keeps a half-precision copy of every matrix until its backward pass."""
+    return job.width < 4 and not (job.gathers_bf16 or job.bf16_state)
 
 
 @dataclass(frozen=True)
