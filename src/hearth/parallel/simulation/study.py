@@ -17,6 +17,9 @@ _CHECKPOINT_BYTES = 12
 # Each device copies its share to its host while a step waits (PCIe 4 x16, 80 % reached), and a node reads at
 # so much when a run starts again.
 _COPY_BANDWIDTH, _NODE_READS = 25e9, 5e9
+# Seconds of work between checkpoints. What loses least would be a checkpoint nearly every step, as a copy to
+# the host costs so little; storage would have to take in terabytes as often.
+_EVERY = 1800.0
 _DAYS = 30.0
 _DAY = 86_400.0
 
@@ -48,11 +51,12 @@ def kind_of(plan: Plan) -> str:
 
 
 def saves_of(facts: ModelFacts, cluster: Cluster) -> Saves:
-    """Checkpoints that are copied to the host while a step waits, and written in the background."""
+    """Checkpoints every half hour, copied to the host while a step waits and written in the background."""
     return Saves(
         bytes=_CHECKPOINT_BYTES * facts.num_parameters,
         stall_bandwidth=_COPY_BANDWIDTH * cluster.num_devices,
         load_bandwidth=_NODE_READS * cluster.num_nodes,
+        every=_EVERY,
     )
 
 
