@@ -93,6 +93,7 @@ def test_kubernetes_pods_have_a_workspace_of_their_own(hearth: Hearth, recipe: P
         (["RECIPE", "--name", "My_Job"], "--name 'My_Job' cannot name a job"),
         (["RECIPE", "--name", "x" * 41], "cannot name a job\n  fix: use at most 40"),
         (["RECIPE", "--on", "torchrun", "--nodes", "2"], "--on torchrun with several nodes needs --name"),
+        (["RECIPE", "--workspace", "/w"], "processes of --on local see it as we do"),
         (["RECIPE", "--on", "kubernetes"], "--on kubernetes needs an image"),
         (["RECIPE", "--on", "azureml"], "--on azureml needs an environment"),
         (["RECIPE", "train.stepz=1"], "stepz"),

@@ -66,7 +66,7 @@ def launch() -> None:
 )
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="A setting of the backend.")
 @click.option("--name", help="Name of the job; default: of the recipe, and random letters.")
-@click.option("--workspace", help="The workspace as the processes see it; default: this one.")
+@click.option("--workspace", help="The workspace as containers see it.")
 @click.option("--resume", metavar="RUN", help="Go on with this run from its newest sound checkpoint.")
 @click.option("--max-restarts", type=int, default=3, show_default=True, help="Restarts after failures.")
 @click.option(
@@ -195,6 +195,11 @@ def _spec(
     if backend.name == "torchrun" and name is None and (nodes or 1) > 1:
         raise ConfigError(
             "--on torchrun with several nodes needs --name", fix="give all nodes the same --name"
+        )
+    if workspace is not None and backend.WORKSPACE is None:
+        raise ConfigError(
+            f"--workspace is where containers see it; processes of --on {backend.name} see it as we do",
+            fix="choose the workspace with HEARTH_HOME",
         )
     each = next((n for n in (processes, processes_per_node, gpus_per_node or None) if n is not None), 1)
     return JobSpec(

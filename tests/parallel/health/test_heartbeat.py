@@ -37,6 +37,15 @@ def test_at_most_one_a_second_but_every_change_of_phase(tmp_path: Path) -> None:
     assert seen[2][1] == "saving"
 
 
+def test_a_phase_ends_with_what_it_was_for(tmp_path: Path) -> None:
+    heart = Heartbeat(tmp_path, run_id="r1", rank=0, clock=lambda: 100.0)
+    heart.beat(4, "training", 0.5)
+    with pytest.raises(OSError, match="disk"), heart.during(4, "saving"):
+        assert read_beats(tmp_path)[0].phase == "saving"
+        raise OSError("disk")
+    assert (read_beats(tmp_path)[0].phase, read_beats(tmp_path)[0].step) == ("training", 4)
+
+
 def test_readers_never_see_half_a_heartbeat(tmp_path: Path) -> None:
     heart = Heartbeat(tmp_path, run_id="r1", rank=0, interval=0.0)
     heart.beat(0, "training")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,17 @@ def container_of(document: dict[str, Any]) -> dict[str, Any]:
     return dict(spec["template"]["spec"]["containers"][0])
 
 
+def run_command(command: list[str], folder: Path, *, index: int) -> list[str]:
+    """The arguments that torchrun gets in the pod of this index."""
+    tool = folder / "torchrun"
+    tool.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    tool.chmod(0o755)
+    environ = {"PATH": f"{folder}:/usr/bin:/bin", "JOB_COMPLETION_INDEX": str(index)}
+    return subprocess.run(
+        command, env=environ, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_what_the_models_describe(pod_spec: Make, kind: str) -> None:
     pytest.importorskip("kubeflow_trainer_api", reason="install the extra kubernetes")
@@ -83,21 +95,22 @@ def test_core_objects_pass_kubernetes_own_schema(pod_spec: Make, kind: str) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pods_find_recipe_workspace_and_each_other(pod_spec: Make, kind: str) -> None:
+def test_pods_find_recipe_workspace_and_each_other(pod_spec: Make, kind: str, tmp_path: Path) -> None:
     documents = render(pod_spec(kind))
     kinds = {"trainjob": ["ConfigMap", "TrainJob"], "jobset": ["ConfigMap", "JobSet"]}
     assert [document["kind"] for document in documents] == kinds.get(kind, ["ConfigMap", "Service", "Job"])
     assert documents[0]["data"] == {"job-1.yaml": "train: {steps: 5}\n"}
     container = container_of(documents[-1])
-    assert container["command"][0] == "torchrun"
-    assert container["command"][-2:] == ["/hearth/job-1.yaml", "train.steps=9"]
+    words = run_command(container["command"], tmp_path, index=1)
+    assert words[-2:] == ["/hearth/job-1.yaml", "train.steps=9"]
     env = {each["name"]: each["value"] for each in container["env"]}
     assert env["HEARTH_JOB_DIR"] == "/hearth/.hearth/jobs/job-1"
     endpoint = {"jobset": "job-1-node-0-0.job-1", "job": "job-1-0.job-1"}.get(kind)
-    assert [word for word in container["command"] if "endpoint" in word] == (
-        [f"--rdzv-endpoint={endpoint}:29400"] if endpoint else []
-    )
-    if kind == "trainjob":
+    if endpoint is not None:
+        assert f"--rdzv-endpoint={endpoint}:29400" in words
+        assert any(word.startswith("--rdzv-conf=is_host=0,join_timeout=600") for word in words)
+        assert "is_host=1" in " ".join(run_command(container["command"], tmp_path, index=0))
+    else:
         assert (container["numNodes"], container["numProcPerNode"]) == (2, 8)
     resources = container["resourcesPerNode" if kind == "trainjob" else "resources"]
     assert resources["limits"] == {"cpu": "64", "memory": "1024Mi", "nvidia.com/gpu": "8"}

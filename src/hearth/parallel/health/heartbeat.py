@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -95,6 +95,16 @@ class Heartbeat:
         with contextlib.suppress(OSError):
             write_atomically(self._path, json.dumps(asdict(beat)))
             self._written, self._phase = now, phase
+
+    @contextlib.contextmanager
+    def during(self, step: int, phase: Phase) -> Iterator[None]:
+        """Be in ``phase`` for a while, such as for a checkpoint, then again in the one before."""
+        before = self._phase or "starting"
+        self.beat(step, phase)
+        try:
+            yield
+        finally:
+            self.beat(step, before)
 
 
 def read_beats(run_dir: Path) -> dict[int, Beat]:

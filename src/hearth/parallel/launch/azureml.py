@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 import tempfile
@@ -157,14 +158,13 @@ def _load_job(folder: Path, rendered: Rendered) -> Any:
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns of each experimental class that it defines
     try:
-        from azure.ai.ml import load_job
-        from marshmallow.exceptions import ValidationError
-
+        load_job = importlib.import_module("azure.ai.ml").load_job
+        refused = importlib.import_module("marshmallow.exceptions").ValidationError
         for name, text in rendered.files.items():
             (folder / name).write_text(text, encoding="utf-8")
         try:
             job = load_job(folder / _FILE)
-        except ValidationError as error:
+        except refused as error:
             raise ConfigError(f"Azure ML does not take the job: {_first_message(str(error))}") from error
         result = job._validate()  # the loader's own check, which its command line runs, too
         if not result.passed:
@@ -182,21 +182,23 @@ def _first_message(text: str) -> str:
 
 def _client(spec: JobSpec) -> Any:
     try:
-        from azure.ai.ml import MLClient
-        from azure.identity import DefaultAzureCredential
+        client = importlib.import_module("azure.ai.ml").MLClient
+        credential = importlib.import_module("azure.identity").DefaultAzureCredential
     except ImportError as error:
         raise ConfigError(f"--on azureml needs {error.name}", fix=_INSTALL) from error
-    return _answer(lambda: MLClient.from_config(DefaultAzureCredential(), path=spec.option("config")))
+    return _answer(lambda: client.from_config(credential(), path=spec.option("config")))
 
 
 def _answer(call: Any) -> Any:
     """What Azure answers. Raises TrainingError with its words."""
-    from azure.ai.ml.exceptions import MlException
-    from azure.core.exceptions import AzureError
-
+    known = (
+        importlib.import_module("azure.ai.ml.exceptions").MlException,
+        importlib.import_module("azure.core.exceptions").AzureError,
+        OSError,
+    )
     try:
         return call()
-    except (MlException, AzureError, OSError) as error:
+    except known as error:
         words = str(error).strip().splitlines()[0]
         raise TrainingError(
             f"Azure ML: {words}",

@@ -30,7 +30,8 @@ class _Child:
     process: subprocess.Popen[bytes]
     log: Path
     stacks: Path
-    started: float
+    waiter: threading.Thread | None = None
+    exit_code: int | None = None
     ended_at: float | None = None
     shown: int = 0  # bytes of the log that were given out
 
@@ -66,9 +67,9 @@ class LocalGroup:
     def exit_codes(self) -> dict[int, int]:
         """Of the ranks that have ended; minus the signal's number for one that was killed."""
         return {
-            rank: code
+            rank: child.exit_code
             for rank, child in self._children.items()
-            if (code := child.process.returncode) is not None and child.ended_at is not None
+            if child.exit_code is not None and child.ended_at is not None
         }
 
     def deaths(self) -> list[Death]:
@@ -93,7 +94,7 @@ class LocalGroup:
         running = {
             rank: (child.process.pid, child.stacks)
             for rank, child in self._children.items()
-            if child.process.returncode is None
+            if child.exit_code is None
         }
         return stacks.collect(running)
 
@@ -120,16 +121,22 @@ class LocalGroup:
     def signal(self, number: int) -> None:
         """Send a signal to each rank, not to what it started."""
         for child in self._children.values():
-            if child.process.returncode is None:
+            if child.exit_code is None:
                 with contextlib.suppress(ProcessLookupError):
-                    child.process.send_signal(number)
+                    os.kill(child.process.pid, number)
 
     def kill(self) -> None:
         """End all ranks and whatever they started; nothing of them runs when this returns."""
         for child in self._children.values():
-            # Also the group of a rank that has ended: workers of its own may be left in it.
-            kill_group(child.process.pid)
+            # Also the group of a rank that has ended: workers of its own may be left in it. Nobody has been
+            # given its number since, as it has not been reaped.
+            if child.process.returncode is None:
+                kill_group(child.process.pid)
         for child in self._children.values():
+            if child.waiter is not None:
+                child.waiter.join(
+                    _KILL_SECONDS
+                )  # it wants to know the exit code before the process is reaped
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(_KILL_SECONDS)
             if child.process.stdin is not None:
@@ -160,14 +167,26 @@ def _start(command: Sequence[str], rank: int, environ: Mapping[str, str], direct
             env={**environ, **own},
             start_new_session=True,
         )
-    child = _Child(process, log, stacks_file, time.monotonic())
+    child = _Child(process, log, stacks_file)
 
     def wait() -> None:
-        process.wait()
+        code = _wait(process)
         child.ended_at = time.monotonic()  # of several deaths within one poll, the order tells the first
+        child.exit_code = code
 
-    threading.Thread(target=wait, name=f"rank-{rank}", daemon=True).start()
+    child.waiter = threading.Thread(target=wait, name=f"rank-{rank}", daemon=True)
+    child.waiter.start()
     return child
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Wait for the end, and leave the process to be reaped: until then its number is not given again."""
+    if not hasattr(os, "waitid"):
+        return process.wait()
+    ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    if ended is None:
+        return process.wait()
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
 def place_of(rank: int, *, nodes: int, processes: int, address: str, port: int) -> dict[str, str]:

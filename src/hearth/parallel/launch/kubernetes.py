@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -95,6 +97,9 @@ class KubernetesBackend:
         """Of the pods that are still there."""
         selector = f"{_LABEL}={job.name}"
         command = ["kubectl", *_namespace(job.spec), "logs", "-l", selector, "--prefix", "--tail=-1"]
+        command.append(
+            f"--max-log-requests={max(5, job.spec.nodes)}"
+        )  # kubectl refuses more than 5 pods else
         yield from run_tool(command, what="reading logs", fix=_FIX).splitlines()
 
     def cancel(self, job: Job) -> str:
@@ -233,8 +238,9 @@ def check_documents(documents: list[dict[str, Any]]) -> None:
     Wrong types are the models' own errors. On the way through them a field that they do not know gets lost,
     and one that they miss is added. Raises ImportError without the library.
     """
-    from kubeflow_trainer_api import models
     from pydantic import ValidationError
+
+    models = importlib.import_module("kubeflow_trainer_api.models")
 
     known = {
         "ConfigMap": models.IoK8sApiCoreV1ConfigMap,
@@ -290,9 +296,12 @@ def _lost(given: Any, kept: Any, path: str = "") -> str | None:
 
 
 def _torchrun(spec: JobSpec, host: str) -> tuple[str, ...]:
+    """The command of a pod. The first knows that it is so: its name may not be resolved yet when it asks."""
     arguments = torchrun_arguments(spec, endpoint=f"{host}:{_PORT}")
-    own = spec.arguments()
-    return ("torchrun", *arguments[: len(arguments) - len(own)], *_arguments(spec))
+    before = arguments[: len(arguments) - len(spec.arguments())]
+    words = shlex.join(["torchrun", *before, *_arguments(spec)])
+    is_host = 'is_host=$([ "$JOB_COMPLETION_INDEX" = 0 ] && echo 1 || echo 0)'
+    return ("sh", "-c", "exec " + words.replace("--rdzv-conf=", f"--rdzv-conf={is_host},"))
 
 
 def _arguments(spec: JobSpec) -> list[str]:

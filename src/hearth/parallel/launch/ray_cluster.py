@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import time
@@ -117,8 +118,7 @@ class RankActor:
 
     def address(self) -> tuple[str, int, list[str]]:
         """Where rank 0 would listen here, and the GPUs that Ray gave this actor."""
-        import ray
-
+        ray = importlib.import_module("ray")
         gpus = [str(each) for each in ray.get_gpu_ids()]
         return str(ray.util.get_node_ip_address()), free_port(), gpus
 
@@ -143,8 +143,7 @@ class RayGroup:
     """The actors of one start of a job, as `supervise` sees them."""
 
     def __init__(self, ray: Any, spec: JobSpec, placement: Any, command: list[str], directory: Path) -> None:
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
+        strategies = importlib.import_module("ray.util.scheduling_strategies")
         self._ray = ray
         share = _share(spec)
         remote = ray.remote(
@@ -152,7 +151,7 @@ class RayGroup:
         )(RankActor)
         self._actors = {
             rank: remote.options(
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(
                     placement, placement_group_bundle_index=rank // spec.processes
                 )
             ).remote()
@@ -265,12 +264,11 @@ class RayGroup:
 
 def _library() -> Any:
     try:
-        import ray
-        import ray.exceptions
-        import ray.util
+        importlib.import_module("ray.exceptions")
+        importlib.import_module("ray.util")
+        return importlib.import_module("ray")
     except ImportError as error:
         raise ConfigError(f"--on ray needs {error.name}", fix=_INSTALL) from error
-    return ray
 
 
 def _reserve(ray: Any, spec: JobSpec) -> Any:

@@ -28,10 +28,12 @@ from hearth.parallel.health.watch import (
     judge,
     suspects,
 )
-from hearth.parallel.launch.backend import State, Watch
+from hearth.parallel.launch.backend import Watch
+from hearth.parallel.launch.spec import State
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 1.0  # after the first death, for others to say why they end, too
+_LOST_SECONDS = 10.0  # for those that cannot save any more, as one that they need is gone
 _REFUSED = 2  # exit code for input that is wrong: it will be wrong again
 _INTERRUPTED = 130
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
@@ -126,7 +128,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._previous[number] = signal.signal(number, self._take)
+            # What nohup, or a shell for its background jobs, has switched off stays off.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._take)
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -300,12 +304,19 @@ class _Watcher:
         return Failure(attempt, first.rank, why, step, first.tail, exit_code=first.exit_code)
 
     def _wait_for_all(self) -> None:
-        """Each saves its part of the checkpoint; one that hangs meanwhile is not waited for for ever."""
+        """Each saves its part of the checkpoint. One that hangs, or lost another, is not waited for long."""
+        lost_at: float | None = None
         while any(process.exit_code is None for process in self._processes):
             self._pass_on_stop()
             self._look()
             self._show()
-            if suspects(self._processes, judge(self._processes, self._policy, self._clock.now())):
+            now = self._clock.now()
+            codes = [process.exit_code for process in self._processes if process.exit_code is not None]
+            if lost_at is None and any(code not in (0, _INTERRUPTED) for code in codes):
+                lost_at = now
+            if lost_at is not None and now - lost_at > _LOST_SECONDS:
+                return
+            if suspects(self._processes, judge(self._processes, self._policy, now)):
                 return
             time.sleep(_POLL_SECONDS)
 

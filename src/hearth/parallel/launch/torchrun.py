@@ -19,7 +19,6 @@ from hearth.parallel.launch.jobs import Job
 from hearth.parallel.launch.local import (
     cancel_launcher,
     launcher_status,
-    parse_number,
     require_recipe,
 )
 from hearth.parallel.launch.spec import JobSpec, Rendered
@@ -51,7 +50,8 @@ def torchrun_arguments(
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={endpoint}",
             f"--rdzv-id={spec.name}",
-            f"--rdzv-conf=join_timeout={spec.join_timeout}",
+            # The second is also for how long a node looks for the first one.
+            f"--rdzv-conf=join_timeout={spec.join_timeout},read_timeout={spec.join_timeout}",
             f"--max-restarts={spec.max_restarts}",
         ]
     else:
@@ -153,10 +153,10 @@ class TorchrunBackend:
         if num_commands == 1:
             return 0
         given = spec.option("node-rank")
-        node = -1 if given is None else int(parse_number(str(int(given) + 1), "node-rank", int)) - 1
+        node = int(given) if given is not None and given.isdecimal() else -1
         if not 0 <= node < num_commands:
             raise ConfigError(
-                f"--option node-rank={given}: {num_commands} nodes are 0 to {num_commands - 1}",
+                f"--option node-rank={given or ''}: {num_commands} nodes are 0 to {num_commands - 1}",
                 fix="say which node this is with --option node-rank=N",
             )
         return node
