@@ -186,7 +186,12 @@ def measure(case: Case) -> dict[str, Any]:
         "case": asdict(case),
         "precision": precision,
         "parameters": facts.num_parameters,
-        "predicted": {"tensors": predicted.tensors, "seconds": step.seconds, "parts": predicted.parts()},
+        "predicted": {
+            "tensors": predicted.tensors,
+            "process": predicted.total,
+            "seconds": step.seconds,
+            "parts": predicted.parts(),
+        },
         "measured": {
             "tensors": sum(tensor.nbytes for tensor in kept) + live,
             "process": grown,
@@ -206,34 +211,30 @@ def run_case(case: Case, threads: int) -> dict[str, Any]:
     return found
 
 
-def error(result: dict[str, Any], what: str, against: str) -> float:
+def error(result: dict[str, Any], what: str) -> float:
     """Predicted over measured, less one."""
-    return float(result["predicted"][what] / result["measured"][against] - 1.0)
+    return float(result["predicted"][what] / result["measured"][what] - 1.0)
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table of all cases, and the medians."""
     mib = 1 << 20
     lines = [
-        "| configuration | parameters | predicted, MiB | tensors, MiB | error | process, MiB | error "
-        "| predicted, s | measured, s | error |",
-        "|---" * 10 + "|",
+        "| configuration | parameters | tensors predicted, MiB | measured | error | process predicted, MiB "
+        "| measured | error | step predicted, s | measured | error |",
+        "|---" * 11 + "|",
     ]
     for result in results:
         said, found = result["predicted"], result["measured"]
-        lines.append(
-            f"| {result['case']['name']} | {result['parameters'] / 1e6:.1f} M | {said['tensors'] / mib:.0f} "
-            f"| {found['tensors'] / mib:.0f} | {error(result, 'tensors', 'tensors'):+.1%} "
-            f"| {found['process'] / mib:.0f} | {error(result, 'tensors', 'process'):+.1%} "
-            f"| {said['seconds']:.2f} | {found['seconds']:.2f} | {error(result, 'seconds', 'seconds'):+.1%} |"
-        )
+        cells = [result["case"]["name"], f"{result['parameters'] / 1e6:.1f} M"]
+        for what in ("tensors", "process", "seconds"):
+            shown = (said[what], found[what])
+            cells += [f"{value:.2f}" if what == "seconds" else f"{value / mib:.0f}" for value in shown]
+            cells.append(f"{error(result, what):+.1%}")
+        lines.append(f"| {' | '.join(cells)} |")
     medians = {
-        name: statistics.median(abs(error(result, what, against)) for result in results)
-        for name, what, against in (
-            ("tensors", "tensors", "tensors"),
-            ("process", "tensors", "process"),
-            ("seconds", "seconds", "seconds"),
-        )
+        what: statistics.median(abs(error(result, what)) for result in results)
+        for what in ("tensors", "process", "seconds")
     }
     lines.append(
         f"\nmedian error: tensors {medians['tensors']:.1%}, process {medians['process']:.1%}, "

@@ -93,6 +93,8 @@ def test_what_is_not_counted_is_said(hearth: Run, recipe: Path) -> None:
         (("--gpu-memory", "much"), "no amount of memory"),
         (("--interconnect", "nvlink+pigeon"), "'pigeon' is no wire"),
         (("--price", -1), "negative"),
+        (("--tokens", "-5"), "--tokens '-5' is no number of tokens"),
+        (("--gpus-per-node", 0), "--gpus-per-node"),
         (("--gpu", "cpu", "--interconnect", "ib"), "say nothing of --gpu cpu"),
         (("--gpus", 64, "train.batch_size=4"), "cannot be divided"),
         (("--gpus", 1, "--gpu-memory", "2GB"), "do not fit 1 x 1.9 GiB"),

@@ -34,10 +34,12 @@ _ROUNDS = 5  # of a simulated run
 )
 @click.option("--gpu-memory", metavar="80GB", help="Memory of a device, where it is not the usual.")
 @click.option("--interconnect", metavar="nvlink+ib", help="The wire in a node, and the one between nodes.")
-@click.option("--gpus-per-node", type=int, help="Devices of a node. Default: 8.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), help="Devices of a node. Default: 8.")
 @click.option("--price", type=float, help="Price of a device for an hour, in any currency.")
 @click.option("--tokens", metavar="15T", help="Tokens of the whole run, for its days and its cost.")
-@click.option("--top", default=5, show_default=True, help="How many layouts to show.")
+@click.option(
+    "--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many layouts to show."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print all figures as JSON.")
 def plan(
     recipe: str,
@@ -63,11 +65,10 @@ def plan(
     loaded = load_recipe(recipe, overrides).recipe
     hardware = _Hardware(gpus, gpu, gpu_memory, interconnect, gpus_per_node, price)
     hardware.check()
-    from hearth.models.sizes import parse_size
+    num_tokens = None if tokens is None else _tokens(tokens)
     from hearth.parallel.planner import choose, facts_of_recipe, job_of_recipe
     from hearth.parallel.planner.job import what_is_missing
 
-    num_tokens = None if tokens is None else parse_size(tokens)
     device = "cpu" if gpu == "cpu" else "cuda"
     facts = facts_of_recipe(loaded)
     cluster, precision = hardware.cluster(loaded, facts)
@@ -84,6 +85,16 @@ def plan(
         return
     _show(planning, num_tokens, top)
     click.echo(f"\nas the recipe stands: {_as_it_stands(planning, loaded, device)['summary']}")
+
+
+def _tokens(text: str) -> int:
+    from hearth.models.sizes import parse_size
+
+    try:
+        return parse_size(text)
+    except ConfigError as error:
+        message = f"--tokens {text!r} is no number of tokens"
+        raise ConfigError(message, fix="write a number with M, B or T behind it: 15T") from error
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,14 @@ def test_one_process_with_whole_documents_and_untied_embeddings() -> None:
     assert predicted.tensors == pytest.approx(real, rel=0.06)
 
 
+def test_one_process_with_experts() -> None:
+    config = config_of("qwen3_moe", 3)
+    real, recipe = real_step({"precision": "bf16"}, config, 128)
+    job = job_of_recipe(recipe, precision="bf16", device="cpu")
+    predicted = memory_of(facts_of_config(config), job, Plan.of(recipe.parallel, 1), device="cpu")
+    assert predicted.tensors == pytest.approx(real, rel=0.06)
+
+
 modes = st.sampled_from(["none", "selective", "full"])
 sizes = st.integers(1, 8)
 

@@ -60,6 +60,11 @@ def explain(planning: Planning) -> list[str]:
             f"the {facts.num_experts} experts of a layer are spread over {layout.expert} processes, and "
             f"tokens travel to them: {_share(chosen, 'expert')} of the step"
         )
+    elif facts.num_experts and cluster.num_devices > 1:
+        told.append(
+            f"every process uses all {facts.num_experts} experts of a layer: spreading them, with tokens on "
+            f"their way, is estimated to be slower or to need more"
+        )
     if layout.context > 1:
         told.append(
             f"rows of {chosen.job.sequence_length:,} tokens are cut over {layout.context} processes of a node"

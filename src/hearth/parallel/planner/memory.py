@@ -28,11 +28,12 @@ _VOCAB_SLICE = 8192
 _WHOLE_LOGIT_BYTES = 12
 # Values that 8-bit AdamW works on at a time, and tensors of that many float32 values that it has then.
 _CHUNK_8BIT, _TENSORS_8BIT = 1 << 20, 9
-# Of a GPU's memory: the context of CUDA and its kernels, NCCL's buffers for each kind of group, and what the
-# allocator holds but cannot use, because it lies in pieces: a tenth of what is allocated, from torchtitan's
-# rows in docs/planner.md, which are of reserved memory.
+# Of a GPU's memory: the context of CUDA and its kernels, and NCCL's buffers for each kind of group.
 _CONTEXT_BYTES, _GROUP_BYTES = 1 << 30, 256 << 20
-_PIECES = 0.1
+# What an allocator holds but cannot use, because it lies in pieces, as a share of what is allocated: on a GPU
+# from torchtitan's rows in docs/planner.md, which are of reserved memory; on a CPU, with the buffers of
+# kernels, from the growth of processes that is measured there.
+_PIECES = {"cuda": 0.1, "cpu": 0.15}
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,8 @@ def _update(job: Job, whole: State) -> float:
 
 
 def _framework(plan: Plan, device: str, tensors: float) -> float:
+    pieces = _PIECES[device] * tensors
     if device == "cpu":
-        return 0.0
+        return pieces
     groups = sum(size > 1 for size in plan.layout.sizes)
-    return _CONTEXT_BYTES + groups * _GROUP_BYTES + _PIECES * tensors
+    return _CONTEXT_BYTES + groups * _GROUP_BYTES + pieces

@@ -64,7 +64,7 @@ class State:
     average: float = 0.0
     values: float = 0.0  # number of weights
     trainable: float = 0.0
-    matrices: float = 0.0  # weights in matrices, of which autocast makes copies
+    matrices: float = 0.0  # weights of linear layers, of which autocast makes copies
     largest: float = 0.0  # the largest single weight, in values
 
     def add(self, weight: Weight, job: Job, divisor: float) -> None:
@@ -76,7 +76,8 @@ class State:
         kind = job.adapter.quantize if quantised and job.adapter is not None else "none"
         self.weights += own * (_FROZEN[kind] if frozen else 2.0 if job.bf16_state else 4.0)
         self.values += own
-        if len(weight.shape) >= 2 and weight.layer is not None and kind == "none":
+        # Grouped products of experts take their weights as they are.
+        if weight.part in ("attention", "dense") and kind == "none":
             self.matrices += own
         for each in trained:
             size = each.size / divisor
