@@ -185,22 +185,7 @@ def _spec(
         overrides, recipe = (recipe, *overrides), None
     if recipe is not None and not Path(recipe).is_file():
         raise ConfigError(f"there is no recipe {recipe}", fix="give the path of a YAML or TOML file")
-    if processes is not None and any(value is not None for value in (nodes, processes_per_node)):
-        raise ConfigError(
-            "--processes is of a single node",
-            fix="give --processes alone, or --nodes with --gpus-per-node or --processes-per-node",
-        )
-    if gpus_per_node is not None and gpus_per_node < 0:
-        raise ConfigError(f"--gpus-per-node {gpus_per_node} is less than 0")
-    if backend.name == "torchrun" and name is None and (nodes or 1) > 1:
-        raise ConfigError(
-            "--on torchrun with several nodes needs --name", fix="give all nodes the same --name"
-        )
-    if workspace is not None and backend.WORKSPACE is None:
-        raise ConfigError(
-            f"--workspace is where containers see it; processes of --on {backend.name} see it as we do",
-            fix="choose the workspace with HEARTH_HOME",
-        )
+    _check_together(backend, processes, nodes, gpus_per_node, processes_per_node, name, workspace)
     each = next((n for n in (processes, processes_per_node, gpus_per_node or None) if n is not None), 1)
     return JobSpec(
         name=_checked_name(name, recipe),
@@ -220,6 +205,34 @@ def _spec(
         options=tuple(parse_pairs(options, f"--on {backend.name} --option", allowed=backend.OPTIONS).items()),
         **rest,
     )
+
+
+def _check_together(
+    backend: Backend,
+    processes: int | None,
+    nodes: int | None,
+    gpus_per_node: int | None,
+    processes_per_node: int | None,
+    name: str | None,
+    workspace: str | None,
+) -> None:
+    """Refuse options that contradict each other."""
+    if processes is not None and any(value is not None for value in (nodes, processes_per_node)):
+        raise ConfigError(
+            "--processes is of a single node",
+            fix="give --processes alone, or --nodes with --gpus-per-node or --processes-per-node",
+        )
+    if gpus_per_node is not None and gpus_per_node < 0:
+        raise ConfigError(f"--gpus-per-node {gpus_per_node} is less than 0")
+    if backend.name == "torchrun" and name is None and (nodes or 1) > 1:
+        raise ConfigError(
+            "--on torchrun with several nodes needs --name", fix="give all nodes the same --name"
+        )
+    if workspace is not None and backend.WORKSPACE is None:
+        raise ConfigError(
+            f"--workspace is where containers see it; processes of --on {backend.name} see it as we do",
+            fix="choose the workspace with HEARTH_HOME",
+        )
 
 
 def _checked_name(name: str | None, recipe: str | None) -> str:

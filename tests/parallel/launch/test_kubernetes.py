@@ -105,12 +105,11 @@ def test_pods_find_recipe_workspace_and_each_other(pod_spec: Make, kind: str, tm
     assert words[-2:] == ["/hearth/job-1.yaml", "train.steps=9"]
     env = {each["name"]: each["value"] for each in container["env"]}
     assert env["HEARTH_JOB_DIR"] == "/hearth/.hearth/jobs/job-1"
-    endpoint = {"jobset": "job-1-node-0-0.job-1", "job": "job-1-0.job-1"}.get(kind)
-    if endpoint is not None:
-        assert f"--rdzv-endpoint={endpoint}:29400" in words
-        assert any(word.startswith("--rdzv-conf=is_host=0,join_timeout=600") for word in words)
-        assert "is_host=1" in " ".join(run_command(container["command"], tmp_path, index=0))
-    else:
+    host = "job-1-0.job-1" if kind == "job" else "job-1-node-0-0.job-1"
+    assert f"--rdzv-endpoint={host}:29400" in words
+    assert any(word.startswith("--rdzv-conf=is_host=0,join_timeout=600") for word in words)
+    assert "is_host=1" in " ".join(run_command(container["command"], tmp_path, index=0))
+    if kind == "trainjob":
         assert (container["numNodes"], container["numProcPerNode"]) == (2, 8)
     resources = container["resourcesPerNode" if kind == "trainjob" else "resources"]
     assert resources["limits"] == {"cpu": "64", "memory": "1024Mi", "nvidia.com/gpu": "8"}

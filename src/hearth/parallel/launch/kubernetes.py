@@ -15,7 +15,7 @@ from hearth.parallel.launch.backend import JobStatus, Submitted, Watch, run_tool
 from hearth.parallel.launch.jobs import Job
 from hearth.parallel.launch.local import parse_number, require_recipe
 from hearth.parallel.launch.spec import JobSpec, Rendered, State
-from hearth.parallel.launch.torchrun import MODULE, SAVE_SECONDS, SHUTDOWN_VARIABLE, torchrun_arguments
+from hearth.parallel.launch.torchrun import SAVE_SECONDS, torchrun_arguments, torchrun_variables
 
 MOUNT = "/hearth"
 _PORT = 29400
@@ -138,8 +138,9 @@ class KubernetesBackend:
         }
         trainer = k8s.Trainer(
             image=spec.image,
-            # The runtime tells torchrun the rest in variables: nodes, processes, address, rank of the node.
-            command=("torchrun", f"--max-restarts={spec.max_restarts}", "-m", MODULE, *_arguments(spec)),
+            # Kubeflow names hosts as JobSet does, which it is made of. What the runtime sets for torchrun
+            # (PET_…) is for the static rendezvous, which cannot restart.
+            command=_torchrun(spec, f"{spec.name}-node-0-0.{spec.name}"),
             num_nodes=spec.nodes,
             num_proc_per_node=spec.processes,
             env=pod.containers[0].env,
@@ -214,7 +215,7 @@ class KubernetesBackend:
             name = _recipe_name(spec)
             volumes.append(k8s.Volume(name="recipe", config_map={"name": spec.name}))
             mounts.append(k8s.VolumeMount(name="recipe", mount_path=f"{MOUNT}/{name}", sub_path=name))
-        variables = {SHUTDOWN_VARIABLE: str(save_seconds), **spec.variables()}
+        variables = {**torchrun_variables(save_seconds), **spec.variables()}
         container = k8s.Container(
             name="node",
             image=spec.image,

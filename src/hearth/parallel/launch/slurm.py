@@ -16,7 +16,7 @@ from hearth.parallel.launch.backend import JobStatus, Submitted, Watch, run_tool
 from hearth.parallel.launch.jobs import Job
 from hearth.parallel.launch.local import parse_number, require_recipe
 from hearth.parallel.launch.spec import JobSpec, Rendered, State
-from hearth.parallel.launch.torchrun import SAVE_SECONDS, SHUTDOWN_VARIABLE, torchrun_arguments
+from hearth.parallel.launch.torchrun import SAVE_SECONDS, torchrun_arguments, torchrun_variables
 
 _FIX = "run this where Slurm's commands are (a login node), or use --dry-run and submit the script yourself"
 _STATES: Mapping[str, State] = {
@@ -190,7 +190,7 @@ class SlurmBackend:
         return [f"#SBATCH {line}" for line in lines]
 
     def _body(self, spec: JobSpec) -> str:
-        variables = {SHUTDOWN_VARIABLE: str(self._save_seconds(spec)), **spec.variables()}
+        variables = {**torchrun_variables(self._save_seconds(spec)), **spec.variables()}
         exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
         if (setup := spec.option("setup")) is not None:
             exports.append(setup)

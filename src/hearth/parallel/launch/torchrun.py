@@ -28,6 +28,9 @@ from hearth.workspace.processes import ProcessIdentity
 MODULE = "hearth.parallel.launch.start"
 # torchrun kills processes that it told to end after 30 s, which may be less than a checkpoint takes.
 SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+# Processes that torchrun starts again would find the addresses of the dead in the store that it shares with
+# them (pytorch issue 135712); with this, rank 0 of each start makes a new one.
+OWN_STORE_VARIABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 SAVE_SECONDS = 300
 _ENDPOINT = re.compile(r"[A-Za-z0-9._-]+:\d{1,5}")
 _NOBODY_CAME = re.compile(r"Rendezvous(Timeout|Connection)Error|timed out after|DistNetworkError")
@@ -56,13 +59,12 @@ def torchrun_arguments(
         ]
     else:
         host, _, port = endpoint.rpartition(":")
-        restarts = spec.max_restarts if spec.nodes == 1 else 0  # nodes cannot agree to restart
         arguments += [
             f"--node-rank={node_rank}",
             f"--master-addr={host}",
             f"--master-port={port}",
             f"--rdzv-conf=timeout={spec.join_timeout}",
-            f"--max-restarts={restarts}",
+            "--max-restarts=0",  # all starts would share one store, and nodes cannot agree to restart
         ]
     return [*arguments, "-m", MODULE, *spec.arguments()]
 
@@ -162,7 +164,12 @@ class TorchrunBackend:
         return node
 
     def _variables(self, spec: JobSpec) -> dict[str, str]:
-        return {SHUTDOWN_VARIABLE: str(SAVE_SECONDS), **spec.variables()}
+        return {**torchrun_variables(SAVE_SECONDS), **spec.variables()}
+
+
+def torchrun_variables(save_seconds: int) -> dict[str, str]:
+    """What torchrun needs in its environment to give processes time to save, and to start them again."""
+    return {SHUTDOWN_VARIABLE: str(save_seconds), OWN_STORE_VARIABLE: "1"}
 
 
 def check_arguments(arguments: list[str]) -> None:
