@@ -77,14 +77,22 @@ def train(
                 "checkpoint.best_mode=max keeps the checkpoint with the best ones"
             )
         # torch and transformers take seconds to load; a recipe that is wrong is refused before that.
+        from hearth.parallel.world import joined
         from hearth.training import Trainer
+        from hearth.training.precision import choose_device
 
-        trainer = Trainer.from_recipe(loaded, workspace=workspace, resume=resume, progress=not quiet)
-        if dry_run:
-            _print_plan(trainer.plan(), as_json=as_json)
+        with joined(loaded.parallel, choose_device()) as world:
+            trainer = Trainer.from_recipe(
+                loaded, workspace=workspace, resume=resume, progress=not quiet, world=world
+            )
+            if dry_run:
+                if world.is_main:
+                    _print_plan(trainer.plan(), as_json=as_json)
+                return
+            run = trainer.fit()
+            del trainer  # the gate opens the model twice more: let go of the weights and the optimizer first
+        if not world.is_main:
             return
-        run = trainer.fit()
-        del trainer  # the gate opens the model twice more: let go of the weights and the optimizer first
         from hearth.cli.after_training import after_training
 
         facts = after_training(run, loaded, workspace, quiet=quiet)

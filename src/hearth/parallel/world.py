@@ -118,6 +118,12 @@ class World:
         found: Item = result
         return found
 
+    def main_first(self, function: Callable[[], Item]) -> Item:
+        """``function`` in every process, in the main one before the others: what it makes, they find."""
+        made: list[Item] = []
+        self.on_main(lambda: made.append(function()))
+        return made[0] if made else function()
+
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process."""
         if self.size == 1:

@@ -18,7 +18,7 @@ from hearth.models import resolve_reference
 from hearth.version import __version__
 
 if TYPE_CHECKING:
-    from hearth.config.recipe import TrainSection
+    from hearth.config.recipe import Recipe, TrainSection
     from hearth.training.checkpoint import Checkpoint
     from hearth.training.trainer import Trainer
 
@@ -148,6 +148,18 @@ def _settings(train: TrainSection) -> dict[str, Any]:
 
     left_out = {*_WATCHING, *_MEANINGS, *_INEXACT}
     return {key: value for key, value in flat(train.model_dump(mode="json")) if key not in left_out}
+
+
+def common_facts(recipe: Recipe) -> dict[str, str]:
+    """What processes that train together must have in common, by what a message calls it."""
+    from hearth.config import recipe_hash
+
+    return {
+        "the recipe": recipe_hash(recipe),
+        "the version of Hearth": __version__,
+        "the version of torch": torch.__version__,
+        "the version of transformers": transformers.__version__,
+    }
 
 
 def shapes_hash(model: Any) -> str:

@@ -36,7 +36,7 @@ from hearth.training.checkpoint import Checkpoint, Contents, Counters, Stateful,
 from hearth.training.clipping import scale
 from hearth.training.execution import set_up_execution
 from hearth.training.facts import ModelFacts
-from hearth.training.identity import Identity, identity_of
+from hearth.training.identity import Identity, common_facts, identity_of
 from hearth.training.loss import kept_gradients, use_split_of
 from hearth.training.micro_batch import choose_micro_batch
 from hearth.training.nonfinite import skip_or_raise
@@ -182,8 +182,11 @@ class Trainer:
         progress: bool = True,
         callbacks: Sequence[Callback] = (),
         device: str | torch.device | None = None,
+        world: World | None = None,
     ) -> Trainer:
         """Prepare the data and build the model that a recipe describes. ``resume`` is the id of a run.
+
+        ``world``: the processes that train together, from ``hearth.parallel.world.joined``.
 
         Raises InputError (ConfigError, DataError, ModelError) for a recipe that cannot work. Data is prepared
         in the workspace's ``datasets/`` and reused while its inputs are unchanged.
@@ -191,7 +194,10 @@ class Trainer:
         from hearth.training.assemble import assemble
 
         make_trackers(recipe.track.trackers, recipe.track.options)  # refused before any work
-        parts = assemble(recipe, workspace=workspace, progress=progress)
+        here = world or World.alone(choose_device(device))
+        here.require_same(common_facts(recipe))
+        shown = progress and here.is_main
+        parts = here.main_first(lambda: assemble(recipe, workspace=workspace, progress=shown))
         return cls(
             model=parts.model,
             tokenizer=parts.tokenizer,
@@ -204,6 +210,7 @@ class Trainer:
             callbacks=callbacks,
             device=device,
             base_reference=parts.base_reference,
+            world=world,
         )
 
     # ── what a user may override or call ─────────────────────────────────────────────────────────────────

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hearth.errors import ConfigError, IntegrityError
+from hearth.parallel.world import World
 from hearth.training import rng
 from hearth.training.checkpoint import (
     Checkpoint,
@@ -78,7 +79,8 @@ def saved(tmp_path: Path, parts: dict[str, Stateful]) -> Checkpoint:
 def test_every_part_comes_back(tmp_path: Path) -> None:
     def parts(value: float, name: str) -> dict[str, Any]:
         scale = Scale(value, (1, 2))
-        return {"rng": rng.RandomState(), "ema": Average(value), "scaler": scale, "both": Both(value, name)}
+        streams = rng.RandomState(World.alone(torch.device("cpu")), lambda: 0)
+        return {"rng": streams, "ema": Average(value), "scaler": scale, "both": Both(value, name)}
 
     random.seed(5), np.random.seed(6), torch.manual_seed(7)
     random.gauss(0, 1), np.random.standard_normal()  # leaves a second value waiting in each of them

@@ -149,7 +149,6 @@ def write_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
     cancelled: Callable[[], bool] = _never,
-    *,
     metadata: Mapping[str, str] | None = None,
 ) -> FileFacts:
     """Write tensors as a safetensors file in one pass, without a copy of those that are already on the host.

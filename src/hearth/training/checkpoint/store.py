@@ -384,7 +384,7 @@ def write_snapshot(
         name = f"{file_stem(group, where.rank, where.size)}{TENSORS}"
         places = snapshot.places.get(group)
         metadata = {PLACES: encode_places(places)} if places else None
-        files[name] = write_tensors(directory / name, tensors, cancelled, metadata=metadata)
+        files[name] = write_tensors(directory / name, tensors, cancelled, metadata)
     if where.rank == 0:
         files[STATE] = write_bytes(directory / STATE, snapshot.state, cancelled)
     return files
