@@ -64,7 +64,7 @@ def test_prepare_inspect_stats(project: Path, workspace_dir: Path) -> None:
     row = hearth("data", "inspect", name, "--row", "0", "--masks", "--sequence-length", "64", cwd=project)
     assert row.returncode == 0, row.stderr
     assert "segment 0: " in row.stderr
-    assert "row 0 of 23: 64 tokens, 0 padding" in row.stderr.splitlines()
+    assert "split train, row 0, num_rows 23, epoch 0, tokens 64, padding 0" in row.stderr.splitlines()
 
     lineage = hearth("lineage", f"dataset:{summary['fingerprint']}", "--json", cwd=project)
     assert lineage.returncode == 0, lineage.stderr

@@ -19,6 +19,7 @@ from hearth.training.checkpoint import CheckpointSaver, CheckpointStore, Saved
 from hearth.training.checkpoint.export import write_skeleton
 from hearth.training.checkpoint.together import ByGroup
 from hearth.training.followers import FollowedRun, NoObservers
+from hearth.training.heap import kept_heap
 from hearth.training.observers import Observers
 from hearth.training.progress import TrainingProgress
 from hearth.training.result import generation_config_of, leave_result
@@ -66,6 +67,7 @@ class Session:
         from hearth.workspace import Workspace
 
         with contextlib.ExitStack() as stack:
+            stack.enter_context(kept_heap(trainer.device))
             workspace = trainer.workspace or stack.enter_context(Workspace.open())
             run = self._open_run(workspace)
             trainer.run = run

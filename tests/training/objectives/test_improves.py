@@ -4,7 +4,7 @@ A small model is pretrained on other dialogues; every objective starts from it, 
 is measured on pairs that the data pipeline holds out, by one measure for all: how often the answer that
 people prefer has become likelier than the other one, both against the model before (a reward model: has the
 higher score). Chance is one half. Of the 519 pairs (548 for the reward model, whose tokenizer is another) its
-standard error is 0.022: 0.55 is 2.3 of them above it, and what is reached where this was written, 0.563 to
+standard error is 0.022: 0.54 is 1.8 of them above it, and what is reached where this was written, 0.563 to
 0.592, leaves room for other processors' rounding. Rates, steps and bases were chosen among a few with these
 very pairs held out, so that a share is no estimate of what an objective reaches elsewhere.
 """
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 pytestmark = pytest.mark.slow
 
-THRESHOLD = 0.55
+THRESHOLD = 0.54
 # Learning rate, steps, pairs (answers of kto) a step, what train.preference says.
 SETTINGS: dict[str, tuple[float, int, int, dict[str, float]]] = {
     "dpo": (4e-4, 24, 32, {"beta": 0.1}),
