@@ -76,14 +76,14 @@ def test_torchruns_own_parser_takes_both_kinds_and_refuses_others(bare_spec: Cal
         check_arguments(["--nnodez=2", "-m", MODULE])
 
 
-def run(spec: JobSpec, told: Any) -> Submitted:
+def run(spec: JobSpec, told: Any, process: str = PROCESS) -> Submitted:
     """Submit, with test processes in the place of training."""
     backend = TorchrunBackend()
     rendered = backend.render(spec)
     commands = []
     for command in rendered.commands:
         where = command.index(MODULE)
-        commands.append((*command[: where - 1], PROCESS, *command[where + 1 :]))
+        commands.append((*command[: where - 1], process, *command[where + 1 :]))
     JobStore(Path(spec.workspace)).create("torchrun", spec, rendered)
     return backend.submit(spec, Rendered(rendered.files, tuple(commands)), told.watch)
 
@@ -96,6 +96,15 @@ def test_torchrun_restarts_from_the_last_checkpoint(bare_spec: Callable[..., Job
         "rank 0 of 2 begins at step 0",
         "rank 0 of 2 begins at step 10",
     ]
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_again_find_each_other(
+    bare_spec: Callable[..., JobSpec], told: Any
+) -> None:
+    done = run(bare_spec(max_restarts=1), told, str(Path(PROCESS).with_name("gloo_process.py")))
+    assert done.state == "finished", told.lines[-20:]
+    assert sorted(line for line in told.lines if "counts" in line) == ["rank 0 counts 4", "rank 1 counts 4"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,25 @@
+"""A process of a real process group; rank 1 dies once, after all have met."""
+
+# ruff: noqa: T201 - what it prints is its log
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hearth.parallel.launch.start import prepare
+
+prepare(os.environ)
+dist.init_process_group("gloo")
+total = torch.ones(1)
+dist.all_reduce(total)
+once = Path(os.environ["HEARTH_JOB_DIR"]) / "died"
+if dist.get_rank() == 1 and not once.exists():
+    once.touch()
+    os._exit(1)
+dist.all_reduce(total)
+print(f"rank {dist.get_rank()} counts {total.item():g}", flush=True)
+dist.destroy_process_group()
