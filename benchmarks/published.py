@@ -5,8 +5,8 @@
 Nothing is fitted to a row. What differs from Hearth is stated as each report has it: what torchtitan and
 Megatron share, gather, recompute and overlap. What no report states is the same for all rows of a source, and
 written beside it here. Figures of torchtitan and Megatron-Bridge were read from their repositories; those of
-the three papers were written down from memory and are to be checked against them. Rates of matrix products, of
-attention and of memory are those of the planner.
+the three papers were written down from memory and are to be checked against them. Rates of matrix products,
+of attention and of memory are those of the planner.
 """
 
 from __future__ import annotations
