@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from hearth.errors import ConfigError
@@ -86,6 +88,34 @@ def run(spec: JobSpec, told: Any, process: str = PROCESS) -> Submitted:
         commands.append((*command[: where - 1], process, *command[where + 1 :]))
     JobStore(Path(spec.workspace)).create("torchrun", spec, rendered)
     return backend.submit(spec, Rendered(rendered.files, tuple(commands)), told.watch)
+
+
+LAUNCHER = """
+import sys
+from hearth.parallel.launch.backend import Watch
+from hearth.parallel.launch.spec import JobSpec, Rendered
+from hearth.parallel.launch.torchrun import TorchrunBackend
+spec = JobSpec("job-1", "recipe.yaml", sys.argv[1])
+command = (sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)")
+watch = Watch(print, print, lambda handle: print(handle["pids"][0], flush=True))
+TorchrunBackend().submit(spec, Rendered({}, (command,)), watch)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_a_launcher_that_is_killed_takes_torchrun_along(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path)]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    pid = int(launcher.stdout.readline())
+    assert psutil.pid_exists(pid)
+    launcher.kill()
+    launcher.wait()
+    launcher.stdout.close()
+    deadline = time.monotonic() + 10.0
+    while psutil.pid_exists(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(pid)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from hearth.parallel.launch.local import (
 )
 from hearth.parallel.launch.spec import JobSpec, Rendered
 from hearth.parallel.launch.supervise import StopRequest
+from hearth.workspace.lifeline import ask_kernel_to_follow_parent
 from hearth.workspace.processes import ProcessIdentity
 
 MODULE = "hearth.parallel.launch.start"
@@ -130,6 +131,7 @@ class TorchrunBackend:
                 errors="replace",
                 env=environ,
                 start_new_session=True,
+                preexec_fn=ask_kernel_to_follow_parent,  # and its processes follow torchrun
             )
             handle["pids"] = [process.pid]
             watch.started(handle)
