@@ -86,6 +86,7 @@ def test_a_hang_is_told_with_the_stacks_of_all_ranks(launch_local: Launch, told:
     assert "in misbehave" in told_stacks[2]
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_the_culprit_among_the_silent(launch_local: Launch, told: Any) -> None:
     done, _job = launch_local("stop:0:12", options={"hang-seconds": "2"})
     assert (done.state, first_steps(told)) == ("finished", [0, 10])
@@ -96,12 +97,14 @@ def test_a_stopped_process_is_the_culprit_among_the_silent(launch_local: Launch,
     assert "stacks of rank 1" in told.notes[0]
 
 
+@pytest.mark.slow
 def test_a_slow_process_is_named_and_kept(launch_local: Launch, told: Any) -> None:
     done, _job = launch_local("slow:1:0")
     assert (done.state, done.facts["restarts"]) == ("finished", 0)
     assert told.notes == ["rank 1 is slow: 0.12 s a step, the others 0.03 s"]
 
 
+@pytest.mark.slow
 def test_restarts_are_limited_and_the_last_failure_is_the_result(launch_local: Launch, told: Any) -> None:
     done, _job = launch_local("always-raise:0:12", max_restarts=2)
     assert (done.state, done.facts["restarts"], done.detail) == ("failed", 2, "rank 0: exit code 1")
@@ -124,12 +127,14 @@ def test_input_that_is_wrong_is_not_tried_again(launch_local: Launch, told: Any)
     assert first_steps(told) == [0]
 
 
+@pytest.mark.slow
 def test_a_port_that_somebody_took_meanwhile_is_no_failure(launch_local: Launch, told: Any) -> None:
     done, job = launch_local("port:0:start", max_restarts=0)
     assert (done.state, done.facts["restarts"]) == ("finished", 0)
     assert (job.dir / "attempt-1").is_dir()
 
 
+@pytest.mark.slow
 def test_a_process_that_never_begins_is_a_hang(launch_local: Launch, told: Any) -> None:
     done, _job = launch_local("hang:1:start", max_restarts=0, options={"quiet-seconds": "6"})
     assert (done.state, done.facts["failures"][0]["rank"]) == ("failed", 1)
@@ -183,6 +188,7 @@ def test_a_signal_to_the_launcher_lets_all_save(begin: Begin, number: int) -> No
     assert wait_gone(pids) == []
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_even_a_job_that_hangs(begin: Begin) -> None:
     launcher, pids = begin("hang:0:1")
     launcher.send_signal(signal.SIGINT)
