@@ -14,6 +14,7 @@ import torch
 
 from hearth.config import recipe_hash, to_dict, to_yaml
 from hearth.errors import ConfigError, HearthError, Interrupted
+from hearth.parallel.health.heartbeat import Heartbeat
 from hearth.training import rng
 from hearth.training.checkpoint import CheckpointSaver, CheckpointStore, Saved
 from hearth.training.checkpoint.export import write_skeleton
@@ -94,6 +95,8 @@ class Session:
     def _open_run(self, workspace: Workspace) -> Run:
         trainer, config, world = self.trainer, self.config, self.trainer.world
         run = self._begin_run(workspace)
+        self.heart = Heartbeat(run.dir, run_id=run.id, rank=world.rank)
+        self.heart.beat(trainer.state.step, "starting")
         together = ByGroup(world.savers) if world.size > 1 else None
         keep = config.checkpoint.keep
         self.store = CheckpointStore(run.dir, keep=keep, warn=self._warn, together=together)
@@ -197,6 +200,7 @@ class Session:
                 stopping = trainer._stop_reason is not None and trainer.state.step < trainer.total_steps
                 if trainer.world.any(stopping or self.observers.callbacks.error is not None):
                     self._stop(run)
+            self.heart.beat(trainer.state.step, "finishing")
             self._evaluate_at_end(run)
             if self._requested_step != trainer.state.step:
                 self._save(run, last=True)
@@ -249,6 +253,9 @@ class Session:
             state.num_tokens += result.num_tokens
             state.last_loss = result.loss
             state.skipped_in_a_row = 0
+        times = trainer.clock.seconds  # what comes before the first collective is this process's own work
+        own = times["data"][-1] + times["forward"][-1] if times["data"] else None
+        self.heart.beat(state.step, "training", own)
         self._record_saved(self.saver.poll())
         self._train_seconds += result.seconds
         self._train_tokens += result.num_tokens
@@ -291,7 +298,7 @@ class Session:
         """Evaluate and record; True when the result is the best so far."""
         trainer = self.trainer
         state = trainer.state
-        with trainer.clock.apart("evaluation"):
+        with trainer.clock.apart("evaluation"), self.heart.during(state.step, "evaluating"):
             figures = trainer.evaluate()
         if not figures:
             return False
@@ -348,7 +355,7 @@ class Session:
             return trainer.checkpoint_contents()
 
         evaluated = self._figures if trainer.state.last_eval_step == step else None
-        with trainer.clock.apart("checkpoint"):
+        with trainer.clock.apart("checkpoint"), self.heart.during(step, "saving"):
             self.saver.save(step, contents, metrics=evaluated, best=best, last=last)
         self._requested_step = step
         self._record_saved(self.saver.poll())
