@@ -1,8 +1,4 @@
-"""The checkpoints of one run on the disk: commit, choose, verify, prune.
-
-With several processes each writes and hashes its own files into the same ``.tmp`` folder, and one of them
-gathers their facts and commits; a file of a process is then called ``GROUP-RANK-of-WORLD.safetensors``.
-"""
+"""The checkpoints of one run on the disk: commit, choose, verify, prune."""
 
 from __future__ import annotations
 
@@ -16,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,6 +25,7 @@ from hearth.training.checkpoint.files import (
     encode_manifest,
     fsync_directory,
     hash_file,
+    never,
     read_manifest,
     replace_text,
     write_bytes,
@@ -102,10 +98,6 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.partition("-")[2])
 
 
-def _never() -> bool:
-    return False
-
-
 class CheckpointStore:
     """The checkpoints of one run, under ``RUN/checkpoints``, with ``RUN/latest`` and ``RUN/best``."""
 
@@ -132,7 +124,7 @@ class CheckpointStore:
         """Commit a checkpoint now and return its directory; see ``commit``."""
         return self.commit(Snapshot(step, tensors, encode_state(state), dict(metrics or {}), best))
 
-    def commit(self, snapshot: Snapshot, cancelled: Callable[[], bool] = _never) -> Path:
+    def commit(self, snapshot: Snapshot, cancelled: Callable[[], bool] = never) -> Path:
         """Write a checkpoint and commit it; its directory.
 
         Raises StorageError when the disk is full or fails; the unfinished directory is removed and the
@@ -294,7 +286,7 @@ class CheckpointStore:
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
             return Checkpoint(path, manifest.step, _Groups(path, manifest.groups()), state, manifest.metrics)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             raise IntegrityError(f"checkpoint {path} cannot be read: {error}") from error
 
     def find(self, which: int | str) -> Checkpoint:
@@ -343,9 +335,9 @@ class CheckpointStore:
 
 
 def write_snapshot(
-    directory: Path, snapshot: Snapshot, cancelled: Callable[[], bool] = _never
+    directory: Path, snapshot: Snapshot, cancelled: Callable[[], bool] = never
 ) -> dict[str, FileFacts]:
-    """Write the files of this process durably, and return what the manifest must say of them."""
+    """Write its files durably, and return what the manifest must say of them."""
     files = {
         f"{group}{TENSORS}": write_tensors(directory / f"{group}{TENSORS}", tensors, cancelled)
         for group, tensors in snapshot.tensors.items()
