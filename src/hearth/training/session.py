@@ -56,7 +56,8 @@ class Session:
         self._last_saved: Path | None = None
         self._requested_step = -1  # of the newest save, whether it is on the disk yet or not
         self._figures: Mapping[str, float] = {}
-        self._flops = flops_per_token(_config_model(trainer), trainer._sequence_length())
+        model: Any = trainer.model
+        self._flops = flops_per_token(model, trainer._sequence_length())
         self._peak = trainer.peak_flops()
 
     def run(self) -> Run:
@@ -284,7 +285,7 @@ class Session:
                 f"checkpoint.best_metric {checkpoint.best_metric!r} is not measured; measured are "
                 f"{', '.join(sorted(figures))}",
                 fix=f"go on with: hearth train --resume {self.trainer.run.id} "
-                f"checkpoint.best_metric={min(figures, key=lambda name: name != 'eval_loss')}",
+                "checkpoint.best_metric=eval_loss",
             )
         value, margin = figures[checkpoint.best_metric], self.config.train.early_stopping_min_delta
         if best is None or not math.isfinite(value):
@@ -373,10 +374,6 @@ class Session:
             else run.summary.get("last_checkpoint"),
             "best_checkpoint": best.name if best else None,
         }
-
-
-def _config_model(trainer: Trainer) -> Any:
-    return trainer.model
 
 
 def _first_line(error: BaseException) -> str:
