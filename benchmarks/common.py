@@ -6,6 +6,7 @@ reports ratios of medians. Results go to ``benchmarks/results/NAME.json`` (not u
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -38,6 +39,19 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def names_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """For argparse: names separated by commas, of those that there are; ``none`` for none of them."""
+
+    def parse(text: str) -> list[str]:
+        names = [] if text == "none" else text.split(",")
+        unknown = [name for name in names if name not in allowed]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"no {unknown[0]!r}; choose from {', '.join(allowed)}")
+        return names
+
+    return parse
 
 
 def timed(function: Callable[[], Any]) -> float:

@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, hardware, ratio_table, summary, write_result
+from common import RESULTS, hardware, names_of, ratio_table, summary, write_result
 from inference import replay as replays
 from inference.competitor import Spec
 from inference.figures import Shape, scaled_trace
@@ -238,27 +238,16 @@ class Benchmark:
         return {**rows, "facts": self.report.facts, "notes": self.report.notes}
 
 
-def _names(allowed: tuple[str, ...]) -> Any:
-    def parse(text: str) -> list[str]:
-        names = [] if text == "none" else text.split(",")
-        unknown = [name for name in names if name not in allowed]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"no {unknown[0]!r}; choose from {', '.join(allowed)}")
-        return names
-
-    return parse
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round, no peers")
     parser.add_argument(
-        "--only", type=_names(ROWS), default=list(ROWS), metavar="ROWS", help="comma-separated"
+        "--only", type=names_of(ROWS), default=list(ROWS), metavar="ROWS", help="comma-separated"
     )
     parser.add_argument(
-        "--peers", type=_names(PEER_NAMES), default=list(PEER_NAMES), help="none, or comma-separated names"
+        "--peers", type=names_of(PEER_NAMES), default=list(PEER_NAMES), help="none, or comma-separated names"
     )
     parser.add_argument("--rounds", type=int, default=2, help="measured rounds after one that warms up")
     parser.add_argument("--threads", type=int, help="default: every core that the process may use")

@@ -25,7 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import hardware, ratio_table, summary, write_result
+from common import hardware, names_of, ratio_table, summary, write_result
 from trainers import figures, jobs
 from trainers.competitors import TrainerFailed, interpreter, measure, missing
 from trainers.jobs import Shape
@@ -300,27 +300,18 @@ class Benchmark:
         }
 
 
-def _names(allowed: tuple[str, ...]) -> Any:
-    def parse(text: str) -> list[str]:
-        names = [] if text == "none" else text.split(",")
-        unknown = [name for name in names if name not in allowed]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"no {unknown[0]!r}; choose from {', '.join(allowed)}")
-        return names
-
-    return parse
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round, no TRL")
     parser.add_argument(
-        "--only", type=_names(PARTS), default=list(PARTS), metavar="PARTS", help="comma-separated"
+        "--only", type=names_of(PARTS), default=list(PARTS), metavar="PARTS", help="comma-separated"
     )
     parser.add_argument(
-        "--peers", type=_names(PEER_NAMES), help=f"none, or comma-separated names of {', '.join(PEER_NAMES)}"
+        "--peers",
+        type=names_of(PEER_NAMES),
+        help=f"none, or comma-separated names of {', '.join(PEER_NAMES)}",
     )
     parser.add_argument("--rounds", type=int, default=2, help="measurements of each competitor")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")

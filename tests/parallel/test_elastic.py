@@ -76,9 +76,7 @@ def test_another_layout_goes_on_with_the_same_samples(
     with Workspace.open() as workspace:
         expected, got = workspace.runs.get(straight["run"]), workspace.runs.get(str(run))
         for metric in ("loss", "grad_norm", "eval_loss"):
-            pairs = [
-                {point.step: point.value for point in each.metrics(metric)} for each in (expected, got)
-            ]
+            pairs = [{point.step: point.value for point in each.metrics(metric)} for each in (expected, got)]
             assert pairs[0].keys() == pairs[1].keys()
             for step, value in pairs[0].items():
                 assert pairs[1][step] == pytest.approx(value, rel=1e-9), (metric, step)

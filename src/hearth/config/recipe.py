@@ -202,10 +202,12 @@ class TrainSection(Section):
     )
     warmup_steps: NonNegativeInt = Field(0, description="Steps of linear warmup.")
     decay_fraction: Fraction = Field(0.2, description="WSD: share of the steps spent in the final decay.")
-    weight_decay: NonNegativeFloat = Field(0.1, description="AdamW weight decay on matrices.")
-    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="AdamW beta1.")
-    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.95, description="AdamW beta2.")
-    epsilon: PositiveFloat = Field(1e-8, description="AdamW epsilon.")
+    weight_decay: NonNegativeFloat = Field(0.1, description="Decoupled weight decay on matrices.")
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.9, description="beta1 of AdamW, 8-bit AdamW, Muon and Lion."
+    )
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.95, description="beta2 of the same.")
+    epsilon: PositiveFloat = Field(1e-8, description="epsilon of AdamW, 8-bit AdamW and Muon.")
     grad_clip: NonNegativeFloat = Field(1.0, description="Largest gradient norm; 0 does not clip.")
     precision: Literal["auto", "bf16", "fp16", "fp8", "fp32"] = Field(
         "auto", description="Autocast type; auto takes bf16 where the hardware computes in it."
@@ -213,7 +215,8 @@ class TrainSection(Section):
     compile: bool = Field(False, description="Compile each block of the model with torch.compile.")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
-        description="Recompute activations in the backward pass: of whole blocks, or of all but products.",
+        description="Recompute activations in the backward pass: selective all but products and attention, "
+        "full whole blocks.",
     )
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="Keep an exponential moving average of the weights with this decay; 0 keeps none."

@@ -23,7 +23,11 @@ class Callback:
         """Before the first step of this process; ``trainer.state.step`` is more than 0 after a resume."""
 
     def on_step(self, trainer: Trainer, step: int, metrics: Mapping[str, float]) -> None:
-        """After an optimizer step, counted from 1. metrics: loss, grad_norm, lr, num_tokens, seconds."""
+        """After an optimizer step, counted from 1.
+
+        metrics: loss, grad_norm, lr, num_tokens, seconds; ``metrics``, what the objective measured, by name;
+        ``skipped``, why the update was not made, else "".
+        """
 
     def on_evaluate(self, trainer: Trainer, step: int, figures: Mapping[str, float]) -> None:
         """After an evaluation. figures: eval_loss, and what else the objective measures."""

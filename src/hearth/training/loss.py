@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hearth.training.batches import Batch
+from hearth.training.batches import IGNORE, Batch
 
-IGNORE = -100
 # Logits are made this many at a time: small enough for the CPU's cache, large enough for a GPU.
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 _PARTS_OF_A_CHUNK = 4

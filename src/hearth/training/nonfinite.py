@@ -13,7 +13,6 @@ from hearth.training import rng
 from hearth.training.batches import Batch, describe_row
 from hearth.training.clipping import total_norm
 from hearth.training.objectives import Objective
-from hearth.training.optimizers import trainable_parameters
 from hearth.training.precision import autocast
 from hearth.training.totals import LossTotals, as_losses
 
@@ -109,8 +108,7 @@ def _breaks(trainer: Trainer, batch: Batch) -> bool:
         return True
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
-    gradients = [w.grad for w in trainable_parameters(trainer.model).values() if w.grad is not None]
-    return not math.isfinite(float(total_norm(gradients)))
+    return not math.isfinite(float(total_norm(trainer.updates.gradients())))
 
 
 def _described(trainer: Trainer, groups: Sequence[Sequence[int]], separator: str) -> str:

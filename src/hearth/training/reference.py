@@ -196,8 +196,8 @@ def frozen_reference(trainer: Trainer) -> Reference:
 
 def precompute(trainer: Trainer, tables: Sequence[Table], run_dir: Path | None) -> PrecomputedReference:
     """Fill the tables, or take them from ``run_dir`` where an earlier part of the run has left them."""
-    key = reference_key(trainer)
     path = None if run_dir is None else run_dir / "reference.safetensors"
+    key = {} if path is None else reference_key(trainer)  # hashes all weights
     progress = TrainingProgress(first_step=0, total_steps=0, enabled=trainer._show_progress)
     values = {table.name: np.full((table.size, table.num_parts), np.nan) for table in tables}
     if path is not None and path.exists():

@@ -332,7 +332,7 @@ class Session:
                 f"checkpoint.best_metric {checkpoint.best_metric!r} is not measured; measured are "
                 f"{', '.join(sorted(figures))}",
                 fix=f"go on with: hearth train --resume {self.trainer.run.id} "
-                f"checkpoint.best_metric={min(figures, key=lambda name: name != 'eval_loss')}",
+                "checkpoint.best_metric=eval_loss",
             )
         value, margin = figures[checkpoint.best_metric], self.config.train.early_stopping_min_delta
         if best is None or not math.isfinite(value):

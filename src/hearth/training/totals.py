@@ -103,4 +103,10 @@ class LossTotals:
 
     def metric_means(self) -> dict[str, float]:
         """Every metric over what it was summed over; what counted nothing is left out."""
-        return {name: float(total / count) for name, (total, count) in self._metrics.items() if count}
+        means = {
+            name: torch.as_tensor(total / count, dtype=torch.float64, device=self._device)
+            for name, (total, count) in self._metrics.items()
+            if count
+        }
+        # One transfer for all: each would make the host wait for the device.
+        return dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True)) if means else {}

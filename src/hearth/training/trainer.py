@@ -1,9 +1,9 @@
 """The training loop.
 
 One optimizer step: take the rows of the step, cut them into micro-batches, add up the gradients of the *sum*
-of their token losses divided by the number of valid tokens of the whole step, check that loss and gradient
-norm are finite, clip, step. Everything that decides what comes next is in the checkpoint; the order of the
-data and the learning rate are functions of the step.
+of their losses divided by what counts in the whole step (tokens, pairs, answers), check that loss and
+gradient norm are finite, clip, step. Everything that decides what comes next is in the checkpoint; the order
+of the data and the learning rate are functions of the step.
 """
 
 from __future__ import annotations
@@ -546,8 +546,8 @@ class Trainer:
         return len(row["input_ids"] if isinstance(row, dict) else row.input_ids)
 
     def peak_flops(self) -> float:
-        """What the device could do, for MFU."""
-        return peak_flops(self.device, torch.bfloat16 if self.precision == "bf16" else torch.float32)
+        """What the device could do, for MFU: in float32, or in 16 bits (of which fp8 is a share, too)."""
+        return peak_flops(self.device, torch.float32 if self.precision == "fp32" else torch.bfloat16)
 
     def measure_step_seconds(self, num_steps: int = 3) -> float:
         """Median seconds of an optimizer step, after one to warm up. Runs on a copy; nothing here changes."""

@@ -23,6 +23,7 @@ from hearth.models import encode_chat, load_tokenizer, resolve_reference
 from hearth.training.identity import base_hash, tokenizer_hash
 from hearth.training.preparing import PreparationProgress
 from hearth.training.progress import TrainingProgress
+from hearth.workspace.artifacts import write_atomically
 from hearth.workspace.locks import file_lock
 
 if TYPE_CHECKING:
@@ -215,8 +216,4 @@ def _keep(rows: list[dict[str, Any]], recipe: Recipe, path: Path, say: TrainingP
         )
     if reasons:
         say.warn(f"{len(rows) - len(kept)} of {len(rows)} answers of the teacher are left out: {why}")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8"
-    )
-    temporary.replace(path)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))

@@ -1,6 +1,6 @@
 """One process of a whole run, with its record, checkpoints and result.
 
-    RANK=… WORLD_SIZE=… fit.py SETTINGS.json
+RANK=… WORLD_SIZE=… fit.py SETTINGS.json
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class StopAt(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step(self, trainer: Any, step: int, metrics: Any) -> None:  # noqa: ARG002
+    def on_step(self, trainer: Any, step: int, metrics: Any) -> None:
         if step == self.step:
             trainer.request_stop("as asked")
 

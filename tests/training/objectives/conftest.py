@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -20,15 +19,9 @@ VOCAB = 48
 
 
 @pytest.fixture(scope="session")
-def golden() -> ModuleType:
+def golden(script: Callable[[Path], ModuleType]) -> ModuleType:
     """The script that made the golden numbers: its model and batch."""
-    path = Path(__file__).with_name("make_golden.py")
-    spec = importlib.util.spec_from_file_location("make_golden", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(Path(__file__).with_name("make_golden.py"))
 
 
 def make_samples(count: int, *, num_parts: int = 2, seed: int = 0) -> list[Sample]:

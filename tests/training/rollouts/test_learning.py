@@ -68,17 +68,22 @@ def taught_to_answer(model: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
     return model
 
 
+def calmed(model: Any) -> Any:
+    """With an ordinary start, not a lively one."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.div_(4.0)
+    return model
+
+
 def learn(trainer: Trainer) -> list[dict[str, float]]:
     return [dict(trainer.train_step(step).metrics) for step in range(trainer.total_steps)]
 
 
 def test_grpo_learns_to_add(trainer_of: Make, policy: Make, tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(0)
-    model = policy(hidden_size=64, intermediate_size=128)
-    with torch.no_grad():  # an ordinary start, not a lively one
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.div_(4.0)
+    model = calmed(policy(hidden_size=64, intermediate_size=128))
     rows = sums(tokenizer)
     trainer = trainer_of(
         "grpo",
@@ -111,11 +116,7 @@ def test_grpo_learns_to_add(trainer_of: Make, policy: Make, tokenizer: PreTraine
 
 def test_ppo_learns_to_repeat_a_letter(trainer_of: Make, policy: Make, prompts: Make) -> None:
     rows = prompts(8)
-    model = policy()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.div_(4.0)
+    model = calmed(policy())
     trainer = trainer_of(
         "ppo",
         rows,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,15 +23,9 @@ GOLDEN = json.loads(Path(__file__).with_name("trl.json").read_text(encoding="utf
 
 
 @pytest.fixture(scope="module")
-def golden() -> ModuleType:
+def golden(script: Callable[[Path], ModuleType]) -> ModuleType:
     """The script that made the golden numbers: its models and answers."""
-    path = Path(__file__).with_name("make_golden.py")
-    spec = importlib.util.spec_from_file_location("make_golden_rollouts", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(Path(__file__).with_name("make_golden.py"))
 
 
 def rollouts_of(golden: ModuleType, trainer: Trainer) -> Rollouts:

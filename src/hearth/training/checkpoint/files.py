@@ -58,7 +58,7 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint consists of. A process hashes the files that it writes; one process commits them all.
+    """What a checkpoint consists of.
 
     ``metrics`` are those of the evaluation at this step, if there was one.
     """
@@ -134,11 +134,12 @@ class HashingFile:
         self._file.close()
 
 
-def _never() -> bool:
+def never() -> bool:
+    """Whether a writer that nobody cancels should give up."""
     return False
 
 
-def write_bytes(path: Path, data: bytes, cancelled: Callable[[], bool] = _never) -> FileFacts:
+def write_bytes(path: Path, data: bytes, cancelled: Callable[[], bool] = never) -> FileFacts:
     """Write a small file durably."""
     with HashingFile(path, cancelled) as file:
         file.write(data)
@@ -148,7 +149,7 @@ def write_bytes(path: Path, data: bytes, cancelled: Callable[[], bool] = _never)
 def write_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
-    cancelled: Callable[[], bool] = _never,
+    cancelled: Callable[[], bool] = never,
     metadata: Mapping[str, str] | None = None,
 ) -> FileFacts:
     """Write tensors as a safetensors file in one pass, without a copy of those that are already on the host.

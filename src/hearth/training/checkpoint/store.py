@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from hearth.training.checkpoint.files import (
     encode_manifest,
     fsync_directory,
     hash_file,
+    never,
     read_manifest,
     replace_text,
     write_bytes,
@@ -109,10 +109,6 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.partition("-")[2])
 
 
-def _never() -> bool:
-    return False
-
-
 class CheckpointStore:
     """The checkpoints of one run, under ``RUN/checkpoints``, with ``RUN/latest`` and ``RUN/best``."""
 
@@ -145,7 +141,7 @@ class CheckpointStore:
         """Commit a checkpoint now and return its directory; see ``commit``."""
         return self.commit(Snapshot(step, tensors, encode_state(state), dict(metrics or {}), best))
 
-    def commit(self, snapshot: Snapshot, cancelled: Callable[[], bool] = _never) -> Path:
+    def commit(self, snapshot: Snapshot, cancelled: Callable[[], bool] = never) -> Path:
         """Write a checkpoint and commit it; its directory.
 
         Raises StorageError when the disk is full or fails; the unfinished directory is removed and the
@@ -321,7 +317,7 @@ class CheckpointStore:
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
             return Checkpoint(path, manifest.step, _Groups(path, manifest.groups()), state, manifest.metrics)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             raise IntegrityError(f"checkpoint {path} cannot be read: {error}") from error
 
     def find(self, which: int | str) -> Checkpoint:
@@ -372,7 +368,7 @@ class CheckpointStore:
 def write_snapshot(
     directory: Path,
     snapshot: Snapshot,
-    cancelled: Callable[[], bool] = _never,
+    cancelled: Callable[[], bool] = never,
     together: Together | None = None,
 ) -> dict[str, FileFacts]:
     """Write the files of this process durably, and return what the manifest must say of them."""
