@@ -79,6 +79,19 @@ def shard_weights(module: nn.Module, world: World, section: ParallelSection) -> 
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+    module.register_forward_hook(_shared_again)
+
+
+def _shared_again(module: nn.Module, _inputs: Any, _output: Any) -> None:
+    """After a pass without gradients: no backward pass follows after which FSDP would do it.
+
+    Else who looks at the weights next, such as a checkpoint that is loaded, finds whole ones, and changes to
+    those are lost.
+    """
+    if not torch.is_grad_enabled():
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
 
 def _offload(section: ParallelSection, world: World) -> OffloadPolicy:
@@ -127,7 +140,12 @@ def _reduce_by(wrapped: DistributedDataParallel, section: ParallelSection, group
 def _add_up(buffer: Tensor, wire: torch.dtype | None, group: Any) -> Any:
     sent = buffer if wire is None else buffer.to(wire)
     future = cast(Any, dist.all_reduce(sent, group=group, async_op=True)).get_future()
-    return future.then(lambda done: buffer if wire is None else buffer.copy_(done.value()[0]))
+
+    def take(done: Any) -> Tensor:
+        total = done.value()[0]  # raises where another process was lost, also when there is nothing to copy
+        return buffer if wire is None else buffer.copy_(total)
+
+    return future.then(take)
 
 
 def synchronize_gradients(module: nn.Module, section: ParallelSection, *, last: bool) -> Any:
