@@ -7,6 +7,7 @@ MASTER_PORT). Without them it is alone, and nothing of torch.distributed is touc
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 # A process that is gone is noticed at once; one that works, however long, is waited for.
 _LONG = datetime.timedelta(days=2)
+_START = "start the processes with `hearth launch` or torchrun"
+_REACH = "see that every process runs and reaches that address; parallel.timeout says how long to wait"
+# Of gloo and NCCL, which raise plain RuntimeErrors, also in a backward pass.
+_SIGNS_OF_LOSS = ("gloo", "nccl", "connection closed", "connection reset", "timeout caused pair closure")
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -39,6 +44,7 @@ class World:
     rank: int = 0
     mesh: DeviceMesh | None = None
     expert_mesh: DeviceMesh | None = None  # the same processes, with those of a group of experts together
+    timeout: float = 600.0  # seconds that a step waits for the others
     patient: Any = None  # the group of all that may wait for hours: while one prepares data, say
     savers: Any = None  # the group of all for the threads that write checkpoints
 
@@ -79,7 +85,7 @@ class World:
             return self.mesh.get_group("data")
         if self.layout.data == 1:
             return self.mesh.get_group("context")
-        return self.mesh["data", "shard", "context"]._flatten("replicas").get_group()
+        return self._flattened("data", "shard", "context", name="replicas").get_group()
 
     def sharding_mesh(self) -> DeviceMesh:
         """Over which weights are sharded; with a first dimension over which they are replicated, if any.
@@ -89,8 +95,14 @@ class World:
         assert self.mesh is not None
         if self.layout.context == 1:
             return self.mesh["data", "shard"] if self.layout.data > 1 else self.mesh["shard"]
-        both = self.mesh["shard", "context"]._flatten("shard_context")
+        both = self._flattened("shard", "context", name="shard_context")
         return self.mesh["data", "shard_context"] if self.layout.data > 1 else both
+
+    def _flattened(self, *dimensions: str, name: str) -> DeviceMesh:
+        assert self.mesh is not None
+        found = self.mesh[dimensions]._flatten(name)
+        _limit_patience([found], self.timeout)
+        return found
 
     def whole_norm(self, norm: Tensor) -> Tensor:
         """The norm over all stages of a pipeline, from that of the stages of this process."""
@@ -173,10 +185,35 @@ class World:
                     fix="start all processes from the same code, with the same recipe and overrides",
                 )
 
+    @contextlib.contextmanager
+    def missed(self, during: Callable[[], str], *, fix: str | None = None) -> Iterator[None]:
+        """Within, a process that is gone or does not answer is a TrainingError that says ``during`` what."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_loss(error):
+                raise
+            raise TrainingError(
+                f"rank {self.rank} of {self.size} lost a process in {during()}: {_first_line(error)}",
+                fix=fix or "look at what the process that ended first says; those that waited end like this",
+            ) from error
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether this is how torch.distributed says that another process is gone or silent."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS_OF_LOSS)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text.split("] ", 1)[-1]  # without the line of its source
+
 
 def is_launched() -> bool:
     """Whether this process was started as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return _number("WORLD_SIZE", 1) > 1
 
 
 @contextlib.contextmanager
@@ -184,30 +221,72 @@ def joined(section: ParallelSection, device: torch.device) -> Iterator[World]:
     """Join the processes that were started together, and leave them at the end.
 
     Raises ConfigError when the layout does not fit their number or torchrun's variables are incomplete, and
-    TrainingError when the others do not come within ``section.timeout`` seconds.
+    TrainingError when the others do not come within ``section.timeout`` seconds, or are lost on the way.
     """
     if not is_launched():
         layout = Layout.of(section, 1)
         yield World(layout, device)
         return
+    rank, size = _place()
+    layout = Layout.of(section, size)
+    device = _own_device(device)
+    _connect(section, device, rank, size)
+    world = World(layout, device, rank, timeout=section.timeout)
+    try:
+        with world.missed(lambda: "making groups of processes", fix=_REACH):
+            patient, savers = (dist.new_group(backend="gloo", timeout=_LONG) for _ in range(2))
+            meshes = _mesh(device, layout), _expert_mesh(device, layout)
+            _limit_patience([mesh for mesh in meshes if mesh is not None], section.timeout)
+        world = dataclasses.replace(
+            world, mesh=meshes[0], expert_mesh=meshes[1], patient=patient, savers=savers
+        )
+        with world.missed(lambda: "preparing or ending the run"):
+            yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def _place() -> tuple[int, int]:
+    """(rank, number of processes) by torchrun's variables."""
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
         raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set",
-            fix="start the processes with `hearth launch` or torchrun",
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set", fix=_START
         )
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    layout = Layout.of(section, size)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    _connect(section, device, rank, size)
-    try:
-        patient, savers = (dist.new_group(backend="gloo", timeout=_LONG) for _ in range(2))
-        meshes = _mesh(device, layout), _expert_mesh(device, layout)
-        yield World(layout, device, rank, *meshes, patient, savers)
-    finally:
-        dist.destroy_process_group()
+    rank, size, _ = _number("RANK"), _number("WORLD_SIZE"), _number("MASTER_PORT", largest=65535)
+    if rank >= size:
+        raise ConfigError(f"RANK {rank} is not below WORLD_SIZE {size}: ranks count from 0", fix=_START)
+    return rank, size
+
+
+def _number(name: str, default: int | None = None, *, largest: int | None = None) -> int:
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal() or (largest is not None and int(text) > largest):
+        raise ConfigError(f"the environment variable {name} is {text!r}, no number of its kind", fix=_START)
+    return int(text)
+
+
+def _own_device(device: torch.device) -> torch.device:
+    """The GPU of this process, by its number on this node."""
+    if device.type != "cuda":
+        return device
+    local, there = _number("LOCAL_RANK"), torch.cuda.device_count()
+    if local >= there:
+        raise ConfigError(
+            f"LOCAL_RANK is {local}, but there are {there} GPUs: every process of a node takes its own",
+            fix=f"start at most {there} processes on this node",
+        )
+    own = torch.device("cuda", local)
+    torch.cuda.set_device(own)
+    return own
+
+
+def _limit_patience(meshes: Sequence[DeviceMesh], seconds: float) -> None:
+    """Let the groups of meshes wait for as long as the recipe says; torch makes them with its own limit."""
+    limit = datetime.timedelta(seconds=seconds)
+    for mesh in meshes:
+        for group in mesh.get_all_groups():
+            dist.distributed_c10d._set_pg_timeout(limit, group)
 
 
 def _connect(section: ParallelSection, device: torch.device, rank: int, size: int) -> None:
@@ -220,9 +299,8 @@ def _connect(section: ParallelSection, device: torch.device, rank: int, size: in
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise TrainingError(
             f"rank {rank} of {size} did not meet the others at {where} within {section.timeout:g} s: "
-            f"{str(error).splitlines()[0]}",
-            fix="see that every process runs, and that it reaches that address; parallel.timeout says how "
-            "long to wait",
+            f"{_first_line(error)}",
+            fix=_REACH,
         ) from error
 
 

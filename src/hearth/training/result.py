@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from transformers import GenerationConfig
 from hearth.config import recipe_hash, to_dict
 from hearth.errors import IntegrityError
 from hearth.models import load_model, resolve_reference, save_model
-from hearth.models.saving import default_generation_config
+from hearth.models.saving import default_generation_config, replace_directory
 from hearth.training.adapter import merge_adapter, save_adapter
 from hearth.training.checkpoint.export import export_checkpoint
 from hearth.training.identity import base_hash
@@ -57,8 +58,11 @@ def _leave_from_checkpoint(
     """The same of weights that are spread over processes: they are all in the last checkpoint."""
     patient = trainer.config.train.early_stopping_patience and store.best() is not None
     step = "best" if patient else trainer.state.step
-    written = export_checkpoint(run, run.dir / "model", step=step, workspace=workspace)
-    facts = {"model_dir": str(written.directory), "model_step": written.step}
+    fresh = run.dir / ".model.new"  # a run that is resumed at its end has a model already
+    shutil.rmtree(fresh, ignore_errors=True)
+    written = export_checkpoint(run, fresh, step=step, workspace=workspace)
+    replace_directory(fresh, run.dir / "model")
+    facts = {"model_dir": str(run.dir / "model"), "model_step": written.step}
     return facts | _registered(trainer, run, workspace)
 
 

@@ -15,6 +15,7 @@ import torch
 from hearth.config import recipe_hash, to_dict, to_yaml
 from hearth.errors import ConfigError, HearthError, Interrupted
 from hearth.parallel.health.heartbeat import Heartbeat
+from hearth.parallel.world import is_loss
 from hearth.training import rng
 from hearth.training.checkpoint import CheckpointSaver, CheckpointStore, Saved
 from hearth.training.checkpoint.export import write_skeleton
@@ -73,8 +74,9 @@ class Session:
             run = self._open_run(workspace)
             trainer.run = run
             try:
-                self._execute(run)
-                summary = {**self._summary(run), **leave_result(trainer, run, workspace, self.store)}
+                with trainer.world.missed(self._where, fix=f"go on with: hearth train --resume {run.id}"):
+                    self._execute(run)
+                    summary = {**self._summary(run), **leave_result(trainer, run, workspace, self.store)}
                 self.observers.end_callbacks("finished")
             except (Interrupted, KeyboardInterrupt) as error:
                 self._settle(error)
@@ -233,6 +235,10 @@ class Session:
         if plan.num_truncated:
             self.progress.warn(f"{plan.num_truncated} documents are cut off, {limit}")
 
+    def _where(self) -> str:
+        step, total = self.trainer.state.step, self.trainer.total_steps
+        return f"step {step + 1} of {total}" if step < total else f"what follows the last of {total} steps"
+
     def _on_signal(self, name: str) -> None:
         self.trainer.request_stop(name)
         if not self.trainer.world.is_main:
@@ -369,6 +375,8 @@ class Session:
 
     def _settle(self, error: BaseException) -> None:
         """End with the save under way: wait for it, except where somebody wants to stop at once."""
+        if error.__cause__ is not None and is_loss(error.__cause__):
+            return  # a save that all write would wait for the one that is lost
         if isinstance(error, KeyboardInterrupt):
             self.saver.cancel()
             return

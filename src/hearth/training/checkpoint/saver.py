@@ -87,8 +87,12 @@ class CheckpointSaver:
             self._saved.append(Saved(path, step, seconds, seconds, snapshot.num_bytes()))
             return
         stall = time.perf_counter() - started
+        # A daemon: it may wait for a process that is lost. Whoever ends in any other way waits for it.
         self._thread = threading.Thread(
-            target=self._write, args=(snapshot, started, stall), name=f"hearth-checkpoint-{step}"
+            target=self._write,
+            args=(snapshot, started, stall),
+            name=f"hearth-checkpoint-{step}",
+            daemon=True,
         )
         self._thread.start()
 

@@ -1,0 +1,169 @@
+"""Processes that do not meet, differ, or are lost on the way: an error on every rank, in bounded time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from hearth.workspace import Workspace
+
+PROGRAMS = Path(__file__).parent / "programs"
+MODEL = {
+    "model_type": "qwen3",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Processes:
+    """Processes that are started one by one, and none of which is left behind."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.started: list[tuple[subprocess.Popen[bytes], Path]] = []
+
+    def start(self, command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        log = self._directory / f"process-{len(self.started)}.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command, env={**os.environ, **environ}, stdout=out, stderr=subprocess.STDOUT
+            )
+        self.started.append((process, log))
+        return process
+
+    def group(
+        self, command: Sequence[str], size: int, *, ranks: Sequence[int] | None = None, **others: str
+    ) -> None:
+        """Ranks of a world of ``size``: all, or ``ranks``."""
+        port = others.pop("MASTER_PORT", None) or str(free_port())
+        for rank in range(size) if ranks is None else ranks:
+            self.start(command, place(rank, size, port) | others)
+
+    def texts(self) -> list[str]:
+        return [log.read_text(errors="replace") for _, log in self.started]
+
+    def codes(self, seconds: float, *, of: Sequence[int] | None = None) -> list[int]:
+        """Exit codes; fails where a process has not ended after so many seconds."""
+        deadline = time.monotonic() + seconds
+        chosen = [self.started[i][0] for i in (of if of is not None else range(len(self.started)))]
+        try:
+            return [process.wait(max(0.1, deadline - time.monotonic())) for process in chosen]
+        except subprocess.TimeoutExpired:
+            for process in chosen:
+                process.send_signal(signal.SIGUSR1)  # where it stands
+            time.sleep(0.5)
+            pytest.fail(f"still running after {seconds} s:\n" + "\n".join(t[-2000:] for t in self.texts()))
+
+    def end(self) -> list[int]:
+        """Kill what is left; pids of children that outlived their parents."""
+        children = []
+        for process, _ in self.started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children += psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            process.wait()
+        return [child.pid for child in children if child.is_running()]
+
+
+def place(rank: int, size: int, port: str) -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+    }
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    found = Processes(tmp_path)
+    try:
+        yield found
+    finally:
+        orphans = found.end()
+    assert not orphans
+
+
+def write_recipe(tmp_path: Path, parallel: dict[str, Any], **train: Any) -> Path:
+    path = tmp_path / "recipe.yaml"
+    recipe = {
+        "parallel": {"timeout": 6, **parallel},
+        "data": {"sequence_length": 24},
+        "model": {"context_length": 64},
+        "checkpoint": {"every": 1},
+        "train": {"steps": 400, "batch_size": 8, "micro_batch_size": 2, "precision": "fp32", **train},
+    }
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    return path
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ddp2": (2, {"data": 2}),
+    "fsdp2": (2, {"shard": 2}),
+    "tp2": (2, {"tensor": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "cp2": (2, {"context": 2}),
+    "hsdp": (4, {"data": 2, "shard": 2}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_process_lost_in_a_step_ends_the_others(
+    processes: Processes, tmp_path: Path, workspace_dir: Path, name: str, kind: str
+) -> None:
+    num, parallel = LAYOUTS[name]
+    settings = tmp_path / "settings.json"
+    recipe = write_recipe(tmp_path, parallel)
+    broken, call = num - 1, 9
+    settings.write_text(
+        json.dumps({"recipe": str(recipe), "model": MODEL, "rank": broken, "call": call, "signal": kind})
+    )
+    processes.group([sys.executable, str(PROGRAMS / "lost.py"), str(settings)], num)
+    wait_for(processes, broken, "BREAKS", seconds=90)
+    others = [rank for rank in range(num) if rank != broken]
+    assert processes.codes(30, of=others) == [1] * len(others)
+    for rank in others:
+        text = processes.texts()[rank]
+        assert "Traceback" not in text, text
+        assert f"error: rank {rank} of {num} lost a process in step " in text
+        assert "hearth train --resume" in text
+    with Workspace.open() as workspace:
+        (run,) = workspace.runs.list()
+        assert run.status == "failed"
+        assert "lost a process in step" in str(run.error)
+
+
+def wait_for(processes: Processes, rank: int, text: str, *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while text not in processes.texts()[rank]:
+        if time.monotonic() > deadline:
+            pytest.fail("\n".join(each[-3000:] for each in processes.texts()))
+        time.sleep(0.05)
