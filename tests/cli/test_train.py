@@ -92,6 +92,17 @@ def test_dry_run_trains_nothing(
     assert "rows" in capsys.readouterr().out
 
 
+def test_what_cannot_fit_is_refused_before_it_starts(
+    recipe: Path, workspace_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(str(recipe), "model.size=2T", "train.optimizer=adamw8bit") == 2
+    error = capsys.readouterr().err
+    assert "this run does not fit: a process needs" in error
+    assert "fix: " in error
+    assert not list(workspace_dir.glob("datasets/*"))
+    assert not list(workspace_dir.glob("runs/*"))
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

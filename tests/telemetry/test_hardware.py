@@ -43,3 +43,24 @@ def test_gpus_as_the_driver_lists_them(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert [(gpu.name, gpu.memory_bytes, gpu.driver) for gpu in hardware._find_gpus()] == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"memory.max": "1048576"}, 1 << 20),
+        ({"memory.max": "max"}, None),
+        ({"memory/memory.limit_in_bytes": "2097152"}, 2 << 20),
+        ({}, None),
+    ],
+)
+def test_the_whole_memory_is_that_of_the_container(
+    tmp_path: Path, files: dict[str, str], expected: int | None
+) -> None:
+    import psutil
+
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    whole = psutil.virtual_memory().total if expected is None else expected
+    assert hardware.whole_host_memory(tmp_path) == whole + psutil.swap_memory().total

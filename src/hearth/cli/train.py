@@ -61,21 +61,12 @@ def train(
         loaded = _load(recipe, overrides, resume, workspace)
         if sweep is not None:
             if resume is not None or dry_run or recipe is None:
-                raise ConfigError(
-                    "--sweep takes a recipe, and neither --resume nor --dry-run",
-                    fix="give the same command again to go on with a sweep",
-                )
+                raise _no_such_sweep()
             from hearth.cli import sweeping
 
             sweeping.run(loaded, sweep, workspace, name=recipe, quiet=quiet, as_json=as_json)
             return
-        if loaded.sweep is not None and resume is None:
-            note("the recipe has a sweep section, which one run leaves aside; --sweep runs its trials")
-        if loaded.train.objective in ("grpo", "ppo") and loaded.checkpoint.best_metric == "eval_loss":
-            note(
-                "the loss of a policy says nothing of its answers: checkpoint.best_metric=eval_reward "
-                "checkpoint.best_mode=max keeps the checkpoint with the best ones"
-            )
+        _advise(loaded, resuming=resume is not None)
         # torch and transformers take seconds to load; a recipe that is wrong is refused before that.
         from hearth.parallel.world import joined
         from hearth.training import Trainer
@@ -99,6 +90,24 @@ def train(
         _print_result(run, facts, as_json=as_json)
     if not facts.get("parity", {}).get("passed", True):
         sys.exit(1)
+
+
+def _no_such_sweep() -> ConfigError:
+    return ConfigError(
+        "--sweep takes a recipe, and neither --resume nor --dry-run",
+        fix="give the same command again to go on with a sweep",
+    )
+
+
+def _advise(recipe: Recipe, *, resuming: bool) -> None:
+    """Notes on settings that do not do what one may think."""
+    if recipe.sweep is not None and not resuming:
+        note("the recipe has a sweep section, which one run leaves aside; --sweep runs its trials")
+    if recipe.train.objective in ("grpo", "ppo") and recipe.checkpoint.best_metric == "eval_loss":
+        note(
+            "the loss of a policy says nothing of its answers: checkpoint.best_metric=eval_reward "
+            "checkpoint.best_mode=max keeps the checkpoint with the best ones"
+        )
 
 
 def _load(recipe: str | None, overrides: tuple[str, ...], resume: str | None, workspace: Workspace) -> Recipe:
@@ -135,7 +144,11 @@ def _print_plan(plan: TrainingPlan, *, as_json: bool) -> None:
         ("steps", f"{plan.steps:,} of {plan.batch_size} rows (micro-batches of {plan.micro_batch_size})"),
         ("tokens", f"{plan.total_tokens:,} with padding: {plan.epochs:.2f} epochs"),
         ("arithmetic", f"{plan.precision} on {plan.device}, {plan.flops_per_token:.3g} FLOP per token"),
-        ("memory", f"about {plan.memory_bytes / 2**30:.2f} GiB"),
+        (
+            "memory",
+            f"about {plan.memory_bytes / 2**30:.2f} GiB"
+            + (f" for each of {plan.num_processes} processes" if plan.num_processes > 1 else ""),
+        ),
     ]
     print_table(("what", "how much"), rows, title="Plan")
 

@@ -5,6 +5,7 @@ Every benchmark and every run records it, so that a number can be compared with 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -99,6 +100,20 @@ def available_host_memory() -> int:
     available = int(psutil.virtual_memory().available)
     limit = _cgroup_free()
     return available if limit is None else min(available, limit)
+
+
+def whole_host_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that all processes here could ever hold together: memory within the container's limit, and swap.
+
+    What others hold of it now does not count.
+    """
+    import psutil
+
+    memory = int(psutil.virtual_memory().total)
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # absent, or the word "max"
+            memory = min(memory, int((root / limit).read_text()))
+    return memory + int(psutil.swap_memory().total)
 
 
 def _cgroup_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:

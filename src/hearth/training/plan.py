@@ -37,10 +37,11 @@ class TrainingPlan:
     precision: str
     device: str
     flops_per_token: float
-    memory_bytes: int
+    memory_bytes: int  # of the fullest process
     dataset: str
     num_dropped: int = 0  # documents of the training split that are too long for a row
     num_truncated: int = 0  # and those that are cut off for it
+    num_processes: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values for JSON."""

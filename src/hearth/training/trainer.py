@@ -36,16 +36,17 @@ from hearth.training.checkpoint import Checkpoint, Contents, Counters, Stateful,
 from hearth.training.clipping import scale
 from hearth.training.execution import set_up_execution
 from hearth.training.facts import ModelFacts
+from hearth.training.fitting import memory_of_process, refuse_what_cannot_fit
 from hearth.training.identity import Identity, common_facts, identity_of
 from hearth.training.loss import kept_gradients, use_split_of
 from hearth.training.micro_batch import choose_micro_batch
 from hearth.training.nonfinite import skip_or_raise
 from hearth.training.objectives import Losses, make_objective
 from hearth.training.observers import own_callbacks
-from hearth.training.optimizers import state_bytes, trainable_parameters
+from hearth.training.optimizers import trainable_parameters
 from hearth.training.optimizers.groups import resolve_settings
 from hearth.training.performance import StepClock
-from hearth.training.plan import TrainingPlan, estimate_memory, resolve_steps, too_long
+from hearth.training.plan import TrainingPlan, resolve_steps, too_long
 from hearth.training.precision import autocast, choose_device, choose_precision
 from hearth.training.progress import TrainingProgress
 from hearth.training.samples import Sample
@@ -196,6 +197,7 @@ class Trainer:
         make_trackers(recipe.track.trackers, recipe.track.options)  # refused before any work
         here = world or World.alone(choose_device(device))
         here.require_same(common_facts(recipe))
+        refuse_what_cannot_fit(recipe, here, workspace=workspace)
         shown = progress and here.is_main
         parts = here.main_first(lambda: assemble(recipe, workspace=workspace, progress=shown))
         return cls(
@@ -248,15 +250,8 @@ class Trainer:
             precision=self.precision,
             device=str(self.device),
             flops_per_token=self.facts.flops_per_token,
-            memory_bytes=estimate_memory(
-                self.model,
-                micro_batch_size=self.micro_batch_size,
-                sequence_length=length,
-                precision=self.precision,
-                optimizer_bytes=state_bytes(self.optimizer),
-                checkpointing=section.activation_checkpointing,
-                averaged=self.updates.average is not None,
-            ),
+            num_processes=self.world.size,
+            memory_bytes=memory_of_process(self, length),
             dataset=self.dataset_fingerprint,
             num_dropped=too_long(self.rows)[0],
             num_truncated=too_long(self.rows)[1],

@@ -172,6 +172,24 @@ def test_a_run_is_checked_before_it_starts(llama: Callable[[str], ModelFacts]) -
     assert "parallel.shard: 8 with zero: 3" in str(caught.value.fix)
 
 
+def test_what_an_error_of_the_estimate_may_explain_is_not_refused(llama: Callable[[str], ModelFacts]) -> None:
+    job, plan = Job(4096, 8, 4, isolated=False), Plan(Layout())
+    memory = memory_of(llama("8B"), job, plan)
+    assert check_fits(llama("8B"), job, plan, memory_bytes=round(memory.tensors), certain=True) == memory
+    with pytest.raises(ConfigError, match="this run does not fit"):
+        check_fits(llama("8B"), job, plan, memory_bytes=round(0.9 * memory.tensors), certain=True)
+
+
+def test_the_memory_of_the_host_is_no_way_out_of_itself(make_facts: Callable[..., ModelFacts]) -> None:
+    job, plan = Job(128, 2, 1, optimizer="adamw8bit", checkpointing="full"), Plan(Layout(shard=2))
+    facts = make_facts(num_hidden_layers=24, hidden_size=1024, intermediate_size=4096)
+    for device, fix in (("cuda", "parallel.offload: cpu"), ("cpu", "a smaller model")):
+        memory = memory_of(facts, job, plan, device=device)
+        with pytest.raises(ConfigError) as caught:
+            check_fits(facts, job, plan, memory_bytes=round(memory.total), device=device)
+        assert fix in str(caught.value.fix)
+
+
 def test_figures_for_scripts(make_facts: Callable[..., ModelFacts]) -> None:
     planning = choose(make_facts(), Job(256, 64, 1), make_cluster(8, price=2.0))
     figures = as_dict(planning, top=2)
