@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from hearth.config.recipe import ModelSection
 from hearth.errors import ConfigError, UnsupportedModelError
+from hearth.models.initialising import initialise
 from hearth.models.loading import load_model, quiet_transformers
 from hearth.models.reference import resolve_reference
 from hearth.models.sizes import config_for_size
@@ -59,18 +60,10 @@ def build_model(
     """
     if section.base is not None:
         model = load_model(resolve_reference(section.base, workspace), dtype=torch.float32)
-        rows = model.get_input_embeddings().weight.shape[0]
-        if vocab_size > rows:
-            raise ConfigError(
-                f"the tokenizer has {vocab_size} tokens, model.base {section.base!r} only {rows} embeddings",
-                fix="use the tokenizer of the base model",
-            )
+        require_embeddings(model, vocab_size, section.base)
         return model
     config = config_for_section(section, vocab_size=vocab_size)
-    if tokenizer is not None:
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, key, getattr(tokenizer, key))
-    return model_from_config(config, seed=seed)
+    return model_from_config(with_special_tokens(config, tokenizer), seed=seed)
 
 
 def model_from_config(config: Any, *, seed: int = 0) -> PreTrainedModel:
@@ -83,4 +76,23 @@ def model_from_config(config: Any, *, seed: int = 0) -> PreTrainedModel:
             raise UnsupportedModelError(
                 f"model_type {config.model_type!r} cannot be built as a causal language model: {error}"
             ) from error
+    # As it would be drawn in parts, by processes of which none has all of it.
+    initialise(model, seed)
     return cast(PreTrainedModel, model)
+
+
+def require_embeddings(model: PreTrainedModel, vocab_size: int, base: str) -> None:
+    """Raise ConfigError for a tokenizer that has more tokens than the model."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if vocab_size > rows:
+        raise ConfigError(
+            f"the tokenizer has {vocab_size} tokens, model.base {base!r} only {rows} embeddings",
+            fix="use the tokenizer of the base model",
+        )
+
+
+def with_special_tokens(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """The configuration, with the ids of a tokenizer's special tokens."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id") if tokenizer is not None else ():
+        setattr(config, key, getattr(tokenizer, key))
+    return config

@@ -7,13 +7,17 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hearth.errors import StorageError
 from hearth.models.loading import quiet_transformers
 
+MAX_FILE_BYTES = 5_000_000_000
 # End-of-turn tokens of the common chat formats; one counts only if the template itself writes it.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<|end|>", "<|return|>", "</s>")
 
@@ -69,11 +73,14 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase | None,
     out_dir: Path | str,
     generation_config: GenerationConfig | None = None,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write config, safetensors, tokenizer, chat template and generation defaults to ``out_dir``.
 
     The directory appears by one rename and opens in ``AutoModelForCausalLM`` and ``AutoTokenizer``. Without
-    ``generation_config`` the defaults follow from the tokenizer. Raises ``StorageError`` when the disk is
+    ``generation_config`` the defaults follow from the tokenizer. ``weights``: of a model that has no memory
+    for them; as many are in memory at a time as fit in one file. Raises ``StorageError`` when the disk is
     full or read-only; what was at ``out_dir`` before is then still there.
     """
     target = Path(out_dir)
@@ -82,7 +89,7 @@ def save_model(
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         with quiet_transformers():
-            _write(model, tokenizer, temporary, generation_config)
+            _write(model, tokenizer, temporary, generation_config, weights)
         replace_directory(temporary, target)
     except OSError as error:
         raise StorageError(
@@ -103,8 +110,13 @@ def _write(
     tokenizer: PreTrainedTokenizerBase | None,
     directory: Path,
     generation_config: GenerationConfig | None,
+    weights: Mapping[str, Tensor] | None,
 ) -> None:
-    model.save_pretrained(directory)
+    if weights is None:
+        model.save_pretrained(directory)
+    else:
+        model.config.save_pretrained(directory)
+        write_weights(weights, {name: tensor.nbytes for name, tensor in model.named_parameters()}, directory)
     generation = generation_config
     if tokenizer is not None:
         if model.can_generate():
@@ -115,6 +127,37 @@ def _write(
         _complete_config(directory / "config.json", tokenizer)
     if generation is not None:
         generation.save_pretrained(directory)
+
+
+def write_weights(
+    weights: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    directory: Path,
+    *,
+    max_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write weights as safetensors files of at most ``max_bytes``, with an index where they are several.
+
+    ``sizes``: the bytes of each weight to write. One file's weights are read at a time.
+    """
+    files: list[list[str]] = [[]]
+    room = max_bytes
+    for name, size in sizes.items():
+        if size > room and files[-1]:
+            files.append([])
+            room = max_bytes
+        files[-1].append(name)
+        room -= size
+    several = len(files) > 1
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(files, 1):
+        file = f"model-{number:05}-of-{len(files):05}.safetensors" if several else "model.safetensors"
+        save_file({name: weights[name].contiguous() for name in names}, directory / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if several:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        path = directory / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _edit_json(path: Path, class_names: dict[str, str]) -> None:

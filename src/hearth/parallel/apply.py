@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from hearth.config.parallel import ParallelSection
+from hearth.models.in_parts import Source
 from hearth.parallel.context import ContextParallel
+from hearth.parallel.filling import fill
 from hearth.parallel.pipeline import Pipeline, make_stages
 from hearth.parallel.sharding import LossModule, replicate, shard_weights
 from hearth.parallel.tensor import apply_tensor_parallel
@@ -28,12 +31,30 @@ class Parallelized:
 
 
 def parallelize(
-    model: nn.Module, world: World, section: ParallelSection, *, sequence_length: int
+    model: nn.Module,
+    world: World,
+    section: ParallelSection,
+    *,
+    sequence_length: int,
+    source: Source | None = None,
 ) -> Parallelized:
     """Spread ``model``. It stays what it is, with the names of its weights, which may become DTensors.
 
-    Build the optimizer afterwards. Raises ConfigError for what cannot be combined or does not divide.
+    Build the optimizer afterwards. ``source``: of a model on the meta device, where its weights come from;
+    each process takes its part of them. Raises ConfigError for what cannot be combined or does not divide.
     """
+    spread = _spread(model, world, section, sequence_length)
+    if source is not None:
+        stages = [] if spread.pipeline is None else spread.pipeline.stages
+        device = torch.device("cpu") if section.offload == "cpu" else world.device
+        fill([model, *(stage.model for stage in stages)], source, device=device)
+        for root in stages if spread.module is None else (spread.module,):
+            # FSDP2 looks at its weights again.
+            root._apply(lambda tensor: tensor)  # type: ignore[no-untyped-call]
+    return spread
+
+
+def _spread(model: nn.Module, world: World, section: ParallelSection, sequence_length: int) -> Parallelized:
     layout = world.layout
     context = ContextParallel(model, world, sequence_length) if layout.context > 1 else None
     if layout.tensor > 1:

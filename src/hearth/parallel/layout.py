@@ -71,6 +71,11 @@ class Layout:
         return math.prod(self.sizes)
 
     @property
+    def spreads_weights(self) -> bool:
+        """Whether no process needs all weights between the steps."""
+        return max(self.shard, self.tensor, self.pipeline, self.expert) > 1
+
+    @property
     def batch_ranks(self) -> int:
         """Processes that train on different rows of a step."""
         return self.data * self.shard

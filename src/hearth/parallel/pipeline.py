@@ -188,18 +188,18 @@ class Pipeline:
     """Runs the micro-batches of a step through the stages of all processes."""
 
     def __init__(self, stages: Sequence[Stage], world: World, section: ParallelSection) -> None:
-        self._stages, self._world, self._section = stages, world, section
+        self.stages, self._world, self._section = stages, world, section
         self._schedules: dict[tuple[Any, ...], Any] = {}
 
     def run(self, inputs: Sequence[Inputs], loss: LossOf, *, hidden_size: int, dtype: torch.dtype) -> bool:
         """Forward and backward, or forward alone without gradients. True where the loss was computed."""
-        for stage in self._stages:
+        for stage in self.stages:
             stage.inputs, stage.loss = inputs, loss
         schedule = self._schedule(len(inputs), tuple(inputs[0].input_ids_BT.shape), hidden_size, dtype)
         numbers = torch.arange(len(inputs))
         # The first stage takes no tensor of another; torch wants one to cut into micro-batches.
-        given = (numbers,) if any(stage.first for stage in self._stages) else ()
-        target = numbers if any(stage.last for stage in self._stages) else None
+        given = (numbers,) if any(stage.first for stage in self.stages) else ()
+        target = numbers if any(stage.last for stage in self.stages) else None
         run = schedule.step if torch.is_grad_enabled() else schedule.eval
         run(*given, number=numbers, target=target, losses=[] if target is not None else None)
         return target is not None
@@ -234,7 +234,7 @@ class Pipeline:
                 output_args=(value if stage.last else hidden,),
                 group=world.mesh.get_group("pipeline"),
             )
-            for index, stage in zip(own_stages(section, rank), self._stages, strict=True)
+            for index, stage in zip(own_stages(section, rank), self.stages, strict=True)
         ]
         settings: dict[str, Any] = {"loss_fn": _first_argument, "scale_grads": False}
         if section.schedule == "1f1b":

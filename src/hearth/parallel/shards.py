@@ -63,6 +63,16 @@ def part_to_write(tensor: Tensor, world: World) -> Part | None:
     return Part(local, tuple(tensor.shape), tuple(offset)) if local.numel() else None
 
 
+def own_box(tensor: Tensor) -> tuple[slice, ...] | None:
+    """Where in the whole this process's part of a tensor is; None where that is more than one box."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    if _in_pieces(tensor):
+        return None
+    sizes, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(at, at + size) for at, size in zip(offset, sizes, strict=True))
+
+
 def like(whole: Tensor, own: Tensor) -> Tensor:
     """``whole``, spread as ``own`` is; nothing is sent."""
     if not isinstance(own, DTensor):

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -54,12 +55,26 @@ def add_adapter(model: PreTrainedModel, section: AdapterSection, *, seed: int) -
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return wrap(model, config)
+            wrapped = wrap(model, config)
+            if not section.dora:  # whose start depends on the weights
+                _draw(wrapped)
+            return wrapped
     except ValueError as error:
         raise ConfigError(
             f"model.adapter: PEFT refuses it for the {model.config.model_type} model: {error}",
             fix=f"target some of {', '.join(linear_names(model))}",
         ) from error
+
+
+def _draw(model: PeftModel) -> None:
+    """Draw the adapter once more, in the memory of the host: PEFT puts it where the base is, if anywhere."""
+    name = model.active_adapter
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for part in (layer.lora_A, layer.lora_B):
+                if name in part and part[name].weight.is_meta:
+                    part[name].to_empty(device="cpu")
+            layer.reset_lora_parameters(name, True)
 
 
 def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:

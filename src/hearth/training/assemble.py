@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from hearth.config import Recipe
 from hearth.errors import ConfigError
 from hearth.models import build_model, load_tokenizer, resolve_reference
+from hearth.models.in_parts import InParts, build_in_parts
 from hearth.training.adapter import add_adapter
-from hearth.training.objectives import make_objective
+from hearth.training.objectives import Objective, make_objective
 
 if TYPE_CHECKING:
     from hearth.data import Dataset
@@ -27,10 +28,14 @@ class Parts:
     model: Any
     has_validation: bool
     base_reference: str | None
+    in_parts: InParts | None = None  # of a model without memory: where its weights are
 
 
-def assemble(recipe: Recipe, *, workspace: Workspace | None, progress: bool) -> Parts:
-    """Prepare the data, open the tokenizer, build the model. Raises InputError for what cannot work."""
+def assemble(recipe: Recipe, *, workspace: Workspace | None, progress: bool, in_parts: bool = False) -> Parts:
+    """Prepare the data, open the tokenizer, build the model. Raises InputError for what cannot work.
+
+    ``in_parts``: without memory for the weights, where the model and the objective allow it.
+    """
     from hearth.workspace import Workspace
 
     workspace = workspace or Workspace.open()
@@ -39,13 +44,16 @@ def assemble(recipe: Recipe, *, workspace: Workspace | None, progress: bool) -> 
     dataset = open_dataset(recipe, workspace, base_dir, progress=progress)
     dataset = objective.adapt_dataset(dataset, workspace, progress=progress)
     tokenizer = choose_tokenizer(dataset, base_dir)
-    model: Any = build_model(
-        recipe.model,
-        vocab_size=len(tokenizer),
-        tokenizer=tokenizer,
-        seed=recipe.train.seed,
-        workspace=workspace,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "tokenizer": tokenizer,
+        "seed": recipe.train.seed,
+        "workspace": workspace,
+    }
+    parts = None
+    if in_parts and _may_be_in_parts(recipe, objective):
+        parts = build_in_parts(recipe.model, **settings)
+    model: Any = build_model(recipe.model, **settings) if parts is None else parts.model
     _check_length(recipe, model)
     model = objective.adapt_model(model)
     if recipe.model.adapter is not None:
@@ -53,9 +61,15 @@ def assemble(recipe: Recipe, *, workspace: Workspace | None, progress: bool) -> 
     has_validation = dataset.split("validation").num_documents > 0
     # A directory wins over a name, so a folder called like a registered model has no version behind it.
     is_folder = base_dir is not None and base_dir == Path(str(recipe.model.base)).expanduser()
-    return Parts(
-        workspace, dataset, tokenizer, model, has_validation, None if is_folder else recipe.model.base
-    )
+    reference = None if is_folder else recipe.model.base
+    return Parts(workspace, dataset, tokenizer, model, has_validation, reference, parts)
+
+
+def _may_be_in_parts(recipe: Recipe, objective: Objective) -> bool:
+    """Whether nothing but the family looks at the weights before the model is spread."""
+    adapter = recipe.model.adapter
+    plain = adapter is None or (adapter.quantize == "none" and not adapter.dora)
+    return plain and type(objective).adapt_model is Objective.adapt_model
 
 
 def open_dataset(recipe: Recipe, workspace: Workspace, base_dir: Path | None, *, progress: bool) -> Dataset:

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerFast
 
+    from hearth.models.in_parts import InParts
     from hearth.workspace import Run, Workspace
 
 
@@ -121,6 +122,7 @@ class Trainer:
         device: str | torch.device | None = None,
         base_reference: str | None = None,
         world: World | None = None,
+        in_parts: InParts | None = None,
     ) -> None:
         self.config = config or Recipe()
         make_trackers(self.config.track.trackers, self.config.track.options)  # refused before any work
@@ -157,7 +159,10 @@ class Trainer:
         self._progress: TrainingProgress | None = None
         self._stop_reason: str | None = None
         self._objective_started = False
-        self.model.to(self.device)
+        if in_parts is None:
+            self.model.to(self.device)
+        else:
+            use_split_of(in_parts.twin, self.model)
         if not trainable_parameters(self.model):
             raise ConfigError("no weight of the model trains", fix="unfreeze some, or add model.adapter")
         notice = set_up_execution(self.model, section, precision=self.precision, device=self.device)
@@ -165,7 +170,11 @@ class Trainer:
         settings = resolve_settings(self.model, section.parameter_groups, weight_decay=section.weight_decay)
         self.facts = ModelFacts.of(self.model, self._sequence_length())
         self._parallel = parallelize(
-            self.model, self.world, self.config.parallel, sequence_length=self._sequence_length()
+            self.model,
+            self.world,
+            self.config.parallel,
+            sequence_length=self._sequence_length(),
+            source=None if in_parts is None else in_parts.source,
         )
         self.updates = Updates(self.model, section, precision=self.precision, settings=settings)
         self.optimizer = self.updates.optimizer
@@ -199,7 +208,11 @@ class Trainer:
         here.require_same(common_facts(recipe))
         refuse_what_cannot_fit(recipe, here, workspace=workspace)
         shown = progress and here.is_main
-        parts = here.main_first(lambda: assemble(recipe, workspace=workspace, progress=shown))
+        parts = here.main_first(
+            lambda: assemble(
+                recipe, workspace=workspace, progress=shown, in_parts=here.layout.spreads_weights
+            )
+        )
         return cls(
             model=parts.model,
             tokenizer=parts.tokenizer,
@@ -213,6 +226,7 @@ class Trainer:
             device=device,
             base_reference=parts.base_reference,
             world=world,
+            in_parts=parts.in_parts,
         )
 
     # ── what a user may override or call ─────────────────────────────────────────────────────────────────

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from transformers import AutoConfig, GenerationConfig
 from hearth.config import Recipe
 from hearth.errors import ConfigError, IntegrityError, NotFoundError
 from hearth.models import load_model, load_tokenizer, resolve_reference, save_model
-from hearth.models.loading import quiet_transformers
+from hearth.models.loading import files_have_other_names, quiet_transformers
 from hearth.models.saving import replace_directory
 from hearth.training.checkpoint.store import CheckpointStore
 from hearth.training.identity import base_hash, shapes_hash, tokenizer_hash
@@ -103,29 +104,36 @@ def export_checkpoint(
             _require(checkpoint, "base", base_hash(base_dir), f"the base model {base_dir}")
             # Some objectives train another head than that of the base.
             base = make_objective(recipe).adapt_model(load_model(base_dir, dtype=torch.float32))
-            model = _merged(checkpoint, skeleton, base)
+            model, weights = _merged(checkpoint, skeleton, base), None
         else:
-            model = _plain(checkpoint, skeleton)
+            model, weights = _plain(checkpoint, skeleton)
     has_defaults = (skeleton / "generation_config.json").is_file()
     with torch.no_grad():
         generation = GenerationConfig.from_pretrained(skeleton) if has_defaults else None
-        save_model(model, tokenizer, target, generation)
+        save_model(model, tokenizer, target, generation, weights=weights)
     return Exported(target, checkpoint.step)
 
 
-def _plain(checkpoint: Checkpoint, skeleton: Path) -> Any:
-    """The model of a checkpoint that holds all weights; no memory is spent on initial ones."""
+def _plain(checkpoint: Checkpoint, skeleton: Path) -> tuple[Any, Mapping[str, Tensor] | None]:
+    """The model of a checkpoint that holds all weights, and the weights, where they are still to be read.
+
+    No memory is spent on initial ones, nor on more than is written at a time; but files of some families have
+    other names than the model, and transformers must see it whole to write them.
+    """
     config = AutoConfig.from_pretrained(skeleton, local_files_only=True, trust_remote_code=False)
     model_class = getattr(transformers, config.architectures[0])
     with quiet_transformers(), torch.device("meta"):
         model = model_class(config)
     _require(checkpoint, "model", shapes_hash(model), f"the configuration in {skeleton}")
-    model.load_state_dict(_weights(checkpoint), strict=False, assign=True)
+    weights = _Final(checkpoint)
+    absent = [name for name, _ in model.named_parameters() if name not in weights]
+    if absent:
+        raise IntegrityError(f"checkpoint {checkpoint.path} has no weights for {absent[0]}")
+    if not files_have_other_names(model):
+        return model, weights
+    model.load_state_dict(dict(weights), strict=False, assign=True)
     model.tie_weights()
-    empty = [name for name, weight in model.named_parameters() if weight.is_meta]
-    if empty:
-        raise IntegrityError(f"checkpoint {checkpoint.path} has no weights for {empty[0]}")
-    return model
+    return model, None
 
 
 def _merged(checkpoint: Checkpoint, skeleton: Path, base: PreTrainedModel) -> nn.Module:
@@ -136,17 +144,27 @@ def _merged(checkpoint: Checkpoint, skeleton: Path, base: PreTrainedModel) -> nn
 
     try:
         config = LoraConfig.from_pretrained(str(skeleton))
-        merged: nn.Module = merged_into(base, config, _weights(checkpoint))
+        merged: nn.Module = merged_into(base, config, dict(_Final(checkpoint)))
     except ValueError as error:
         raise IntegrityError(f"checkpoint {checkpoint.path} does not fit its run: {error}") from error
     return merged
 
 
-def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights of a checkpoint; where the run averages them, the averages, as at its end."""
-    weights = checkpoint.tensors["model"]
-    averages = checkpoint.tensors["average"]
-    return {name: averages.get(name, weight).to(weight.dtype) for name, weight in weights.items()}
+class _Final(Mapping[str, Tensor]):
+    """The weights of a checkpoint, each read when it is asked for: their averages, where it has such."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._weights, self._averages = checkpoint.tensors["model"], checkpoint.tensors["average"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._weights[name]
+        return self._averages[name].to(weight.dtype) if name in self._averages else weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def _require(checkpoint: Checkpoint, field: str, value: str, what: str) -> None:

@@ -1,0 +1,169 @@
+"""A model without memory for its weights, and where each of them comes from when somebody wants it.
+
+For models that are larger than what one process can hold: build it here, spread it over processes, and let
+each take what it has a part of.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hearth.config.recipe import ModelSection
+from hearth.models.building import config_for_section, require_embeddings, with_special_tokens
+from hearth.models.initialising import drawn_units, units
+from hearth.models.loading import (
+    check_model_directory,
+    files_have_other_names,
+    load_config,
+    quiet_transformers,
+    read_safetensors_header,
+    weight_files,
+)
+from hearth.models.reference import resolve_reference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hearth.workspace import Workspace
+
+_TWIN_VOCABULARY = 16
+_SEED_OF_TWIN = 0
+
+
+class Sliceable(Protocol):
+    """A tensor, or what reads a part of one from a file."""
+
+    def __getitem__(self, box: Any, /) -> Any: ...
+
+
+class Source(Protocol):
+    """Where the weights of a model come from."""
+
+    def tensors(self, wanted: Container[str]) -> Iterator[tuple[str, Sliceable]]:
+        """The weights and buffers with these names."""
+
+
+@dataclass(frozen=True)
+class NewWeights:
+    """Random ones, by a seed, for a model on the meta device."""
+
+    model: PreTrainedModel
+    seed: int
+
+    def tensors(self, wanted: Container[str]) -> Iterator[tuple[str, Sliceable]]:
+        """Those of `initialise`."""
+        for found in drawn_units(self.model, self.seed, wanted):
+            yield from found.items()
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """Those of safetensors files, which have the names of the model; buffers by the family."""
+
+    model: PreTrainedModel
+    files: tuple[Path, ...]
+
+    def tensors(self, wanted: Container[str]) -> Iterator[tuple[str, Sliceable]]:
+        """A part is read when it is asked for."""
+        for path in self.files:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no mapping
+                    if name in wanted:
+                        yield name, file.get_slice(name)
+        for found in drawn_units(self.model, 0, wanted, weights=False):
+            yield from found.items()
+
+
+@dataclass(frozen=True)
+class InParts:
+    """``model`` is on the meta device; ``twin``, a small one of its kind, has weights to try things with."""
+
+    model: PreTrainedModel
+    source: Source
+    twin: PreTrainedModel
+
+
+def build_in_parts(
+    section: ModelSection,
+    *,
+    vocab_size: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+    workspace: Workspace | None = None,
+) -> InParts | None:
+    """What `build_model` builds, without its weights; None where the family can only be built as a whole.
+
+    That is so where the files have other names or shapes than the model (mixtures of experts, mostly), or a
+    family leaves weights as its constructor made them. Raises as `build_model` does.
+    """
+    files: tuple[Path, ...] = ()
+    if section.base is not None:
+        directory = check_model_directory(resolve_reference(section.base, workspace))
+        config, files = load_config(directory), tuple(weight_files(directory))
+    else:
+        config = with_special_tokens(config_for_section(section, vocab_size=vocab_size), tokenizer)
+    try:
+        model, whole, twin = _on_meta(config), _on_meta(config), _twin(config)
+        _require_drawable(whole)
+    except Exception:  # noqa: BLE001 - whatever a family does with what it does not expect
+        return None
+    if section.base is None:
+        return InParts(model, NewWeights(whole, seed), twin)
+    if not _covers(whole, files):
+        return None
+    require_embeddings(model, vocab_size, section.base)
+    return InParts(model.eval(), SavedWeights(whole, files), twin)
+
+
+def _on_meta(config: Any) -> PreTrainedModel:
+    with quiet_transformers(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return cast(PreTrainedModel, model)
+
+
+def _twin(config: Any) -> PreTrainedModel:
+    """One layer and few tokens of a family, with all that its configuration says otherwise."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers, text.vocab_size = 1, _TWIN_VOCABULARY
+    text.bos_token_id = text.eos_token_id = text.pad_token_id = None
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(_SEED_OF_TWIN)
+        twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return cast(PreTrainedModel, twin)
+
+
+def _require_drawable(model: PreTrainedModel) -> None:
+    """Raise ValueError for a family that leaves tensors as its constructor made them; tries one of a kind."""
+    kinds: dict[tuple[str, ...], set[str]] = {}
+    for unit in units(model):
+        if not isinstance(unit.module, torch.nn.Embedding | torch.nn.Linear):
+            kind = (
+                tuple(type(part).__name__ for part in unit.module.modules()) if unit.whole else (unit.name,)
+            )
+            kinds.setdefault(kind, set(unit.tensors()))
+    for names in kinds.values():
+        for _ in drawn_units(model, 0, names):
+            pass
+
+
+def _covers(model: PreTrainedModel, files: tuple[Path, ...]) -> bool:
+    """Whether the files have the model's weights, all of them, by its own names."""
+    if files_have_other_names(model):
+        return False
+    saved = {name: entry for path in files for name, entry in read_safetensors_header(path).items()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return tied >= saved.keys() and all(
+        name in saved and list(tensor.shape) == saved[name]["shape"]
+        for name, tensor in model.named_parameters()
+    )
