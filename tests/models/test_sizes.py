@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from hearth.errors import ConfigError
 from hearth.models import config_for_size, flops_per_token, format_count, num_parameters, parse_size
-from hearth.models.sizes import shape_for_size
+from hearth.models.sizes import shape_for_size, tensor_splits
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,34 @@ def test_every_shape_fits_or_is_refused(size: int, vocab_size: int) -> None:
     assert shape.parameters("qwen3", vocab_size) == pytest.approx(size, rel=0.03)
     assert shape.head_dim % 8 == 0
     assert shape.num_heads * shape.head_dim == shape.hidden_size
+
+
+@settings(max_examples=30)
+@given(size=st.integers(100_000_000, 10**11), vocab_size=st.integers(260, 150_000))
+def test_large_models_can_be_split(size: int, vocab_size: int) -> None:
+    shape = shape_for_size(size, "qwen3", vocab_size)
+    splits = tensor_splits(size)
+    assert splits == (8 if size >= 1_000_000_000 else 2)
+    for what in (shape.num_heads, shape.num_kv_heads, shape.intermediate_size):
+        assert what % splits == 0, shape
+
+
+def test_published_shapes_are_near() -> None:
+    """Qwen3-1.7B has 2048 x 28 with 16 heads and 8, Llama-3.1-8B 4096 x 32 with 32 and 8."""
+    small, large = (
+        shape_for_size(1_720_000_000, "qwen3", 151936),
+        shape_for_size(8_030_000_000, "llama", 128256),
+    )
+    assert (small.hidden_size, small.num_heads, small.num_kv_heads) == (2048, 16, 8)
+    assert (large.hidden_size, large.num_heads, large.num_kv_heads) == (4096, 32, 8)
+
+
+def test_small_shapes_stay_what_they_are() -> None:
+    """Models of these sizes exist: the demo's and those of published measurements."""
+    found = [shape_for_size(size, "qwen3", 8192) for size in (5_000_000, 20_000_000, 60_000_000)]
+    assert [
+        (shape.hidden_size, shape.num_layers, shape.num_heads, shape.num_kv_heads) for shape in found
+    ] == [(256, 4, 4, 2), (384, 9, 6, 3), (640, 11, 10, 5)]
 
 
 def test_too_large_vocabulary_is_refused_with_a_way_out() -> None:

@@ -28,6 +28,8 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
 # Above this the output matrix is separate, as in published families (Qwen3 ties up to 4B).
 _LARGEST_TIED = 4_500_000_000
 _MAX_LAYERS = 160
+# From these sizes on, over how many processes tensor parallelism can split every layer: a node's eight GPUs.
+_SPLITS = ((1_000_000_000, 8), (100_000_000, 2))
 _TOLERANCE = 0.03
 
 
@@ -82,23 +84,35 @@ def _attention_parameters(shape: Shape, architecture: str) -> int:
     return weights
 
 
-def _heads(hidden_size: int) -> tuple[int, int, int]:
-    """Heads, key/value heads and head size for a width: queries share keys in pairs or fours."""
+def tensor_splits(num_parameters: int) -> int:
+    """Over how many processes a model of this size can be split: both numbers of heads divide by it."""
+    return next((splits for least, splits in _SPLITS if num_parameters >= least), 1)
+
+
+def _heads(hidden_size: int, splits: int) -> tuple[int, int, int]:
+    """Heads, key/value heads and head size for a width: queries share keys in pairs or fours.
+
+    From two splits on, both numbers of heads divide by them if the width allows it.
+    """
     head_dim = next(
         size for limit, size in ((2048, 128), (128, 64), (64, 32), (32, 16), (0, 8)) if hidden_size >= limit
     )
     num_heads = hidden_size // head_dim
-    if num_heads >= 32 and num_heads % 8 == 0:
+    if num_heads % 8 == 0 and (num_heads >= 32 or splits == 8):
         return num_heads, 8, head_dim
+    if splits > 1:
+        group = next((size for size in (4, 2) if num_heads % (splits * size) == 0), 1)
+        return num_heads, num_heads // group, head_dim
     group = next(size for size in (4, 2, 1) if num_heads % size == 0 and (num_heads >= 4 * size or size <= 2))
     return num_heads, num_heads // group, head_dim
 
 
-def _widths(num_parameters: int, vocab_size: int) -> list[int]:
-    """Candidate hidden sizes; from 128 on they give an even number of heads."""
+def _widths(num_parameters: int, vocab_size: int, splits: int) -> list[int]:
+    """Candidate hidden sizes; from 128 on they give an even number of heads, and one that splits as asked."""
     widths: list[int] = [8, 16, 24, 32, 48, 64, 96]
     widths += list(range(128, 2048, 128)) + list(range(2048, 4096, 512)) + list(range(4096, 32769, 1024))
-    return [width for width in widths if width * vocab_size < num_parameters]
+    widths = [width for width in widths if width * vocab_size < num_parameters]
+    return [width for width in widths if all(heads % splits == 0 for heads in _heads(width, splits)[:2])]
 
 
 def shape_for_size(num_parameters: int, architecture: str, vocab_size: int) -> Shape:
@@ -110,8 +124,9 @@ def shape_for_size(num_parameters: int, architecture: str, vocab_size: int) -> S
     tied = num_parameters <= _LARGEST_TIED
     target_ratio = min(110.0, max(16.0, 64.0 * (num_parameters / 50e6) ** 0.12))
     best: tuple[float, Shape] | None = None
-    for width in _widths(num_parameters, vocab_size):
-        num_heads, num_kv_heads, head_dim = _heads(width)
+    splits = tensor_splits(num_parameters)
+    for width in _widths(num_parameters, vocab_size, splits):
+        num_heads, num_kv_heads, head_dim = _heads(width, splits)
         for depth in range(1, min(_MAX_LAYERS, 2 * width) + 1):
             bare = Shape(width, depth, num_heads, num_kv_heads, head_dim, 0, tied)
             rest = num_parameters - bare.parameters(architecture, vocab_size)
