@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,8 +12,10 @@ import torch
 from hearth.engine.memory import available_memory
 from hearth.errors import ConfigError
 from hearth.training import rng
+from hearth.training.clipping import local
 from hearth.training.optimizers import state_bytes
 from hearth.training.peak_memory import peak_bytes
+from hearth.training.shares import in_every_process
 from hearth.training.totals import add_up
 
 if TYPE_CHECKING:
@@ -70,35 +73,75 @@ def find_size(
 def choose_micro_batch(trainer: Trainer) -> MicroBatch:
     """Try the first step of a trainer with one and two rows. Nothing of it stays, random state included.
 
-    On a GPU the size found is tried too, and the next smaller one taken while it runs out of memory.
+    On a GPU the size found is tried too, and the next smaller one taken while it runs out of memory. Of
+    several processes each measures its own share, and all take the smallest size that one of them finds; all
+    must ask. There no try may run out of memory: the others would wait for it. Raises ConfigError then.
     """
-    batch_size, device = trainer.config.train.batch_size, trainer.device
+    world, device = trainer.world, trainer.device
+    _refuse_pipeline(trainer)
+    share = trainer.config.train.batch_size // world.layout.batch_ranks
     before = rng.capture()
     known = trainer.state.micro_batch_size
 
     def measure(size: int) -> int | None:
         # Gradients stay from pass to pass, as they do between the micro-batches of a step.
         trainer.state.micro_batch_size = size
-        batches = trainer.objective.batches(trainer, 0, trainer.step_rows(0)[:size])
-        expected = add_up(trainer.objective.counts(batch) for batch in batches)
+        rows = trainer.step_rows(0)[: size * world.layout.batch_ranks]
+        batches = trainer.objective.batches(trainer, 0, rows)
+        expected = world.sum_counts(add_up(trainer.objective.counts(batch) for batch in batches))
         try:
             return peak_bytes(lambda: trainer._accumulate(batches, expected), device)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if world.size > 1:
+                raise _out_of_memory(size) from error
             torch.cuda.empty_cache()
             return None
 
     try:
         trainer.model.train()
-        free = available_memory(device)
+        free = _free_memory(trainer)
         measure(1)  # the first pass makes what stays: gradients, tables, workspaces of libraries
-        gradients = sum(gradient.nbytes for gradient in trainer.updates.gradients())
+        gradients = sum(local(gradient).nbytes for gradient in trainer.updates.gradients())
         reserved = gradients + state_bytes(trainer.optimizer)
-        found = find_size(measure, batch_size=batch_size, reserved_bytes=reserved, free_bytes=free)
+        needed = {1: measure(1)}
+        if share > 1 and needed[1] is not None:
+            needed[2] = measure(2)
+        found = min(
+            in_every_process(
+                world,
+                lambda: find_size(needed.get, batch_size=share, reserved_bytes=reserved, free_bytes=free),
+            ),
+            key=lambda each: each.size,
+        )
         while device.type == "cuda" and found.size > 1 and measure(found.size) is None:
-            smaller = max(size for size in range(1, found.size) if batch_size % size == 0)
+            smaller = max(size for size in range(1, found.size) if share % size == 0)
             found = MicroBatch(smaller, found.row_bytes, found.fixed_bytes, found.free_bytes)
         return found
     finally:
         trainer.optimizer.zero_grad(set_to_none=True)
         trainer.state.micro_batch_size = known
         rng.restore(*before)
+
+
+def _free_memory(trainer: Trainer) -> int:
+    """Bytes that this process may still take: of its GPU, or its part of what the host has."""
+    free = available_memory(trainer.device)
+    if trainer.device.type == "cuda":
+        return free
+    hosts = trainer.world.gather(socket.gethostname())
+    return free // hosts.count(socket.gethostname())
+
+
+def _refuse_pipeline(trainer: Trainer) -> None:
+    if trainer.world.layout.pipeline > 1:
+        raise ConfigError(
+            "train.micro_batch_size is auto, which a pipeline cannot find out: it needs several at once",
+            fix="give a number, such as 1",
+        )
+
+
+def _out_of_memory(size: int) -> ConfigError:
+    return ConfigError(
+        f"train.micro_batch_size auto: {size} rows of a process ran out of its memory",
+        fix="give a number" + (", such as 1" if size > 1 else "; lower data.sequence_length"),
+    )

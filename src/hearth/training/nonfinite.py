@@ -81,7 +81,9 @@ def _units(trainer: Trainer, batches: Sequence[Batch]) -> list[Batch]:
     objective = trainer.objective
     if type(objective).batches is not Objective.batches:
         return list(batches)
-    rows = dict.fromkeys(row for batch in batches for row in batch.rows)
+    rows = [row for batch in batches for row in batch.rows]
+    if trainer.world.size == 1:  # several processes try equally many, so one may try a row twice
+        rows = list(dict.fromkeys(rows))
     return [objective.collate(trainer.rows, [row]) for row in rows]
 
 

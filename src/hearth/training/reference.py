@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,16 +27,21 @@ import torch
 from torch import Tensor, nn
 
 from hearth.errors import ConfigError, TrainingError
+from hearth.parallel.frozen import is_spread, spread_frozen
+from hearth.parallel.sharding import LossModule
+from hearth.parallel.tensor import gathered
 from hearth.training.batches import Batch, Rows, describe_row
 from hearth.training.identity import tokenizer_hash
 from hearth.training.logprobs import sequence_logprobs
-from hearth.training.precision import autocast
+from hearth.training.loss import split_head
 from hearth.training.progress import TrainingProgress
-from hearth.training.reference_file import read_tables, write_tables
+from hearth.training.reference_file import StoredTables, read_tables, write_tables
+from hearth.training.shares import own_turns
 
 if TYPE_CHECKING:
     from hearth.training.trainer import Trainer
 
+Result = TypeVar("Result")
 REFERENCE = "reference"  # Batch.extras: reference_S
 _SECONDS_BETWEEN_LINES = 15.0
 # Part of the key → how a message calls it.
@@ -64,12 +69,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_adapter(model: nn.Module) -> Iterator[None]:
-    """The adapter is off. PEFT lets all of it train when it is on again; here, only what did before."""
-    trains = [(weight, weight.requires_grad) for weight in model.parameters()]
+    """The adapter is off. PEFT lets nothing of it train then, and all when it is on again.
+
+    What trains stays as it is, within too: FSDP makes whole weights at their first use and remembers.
+    """
     adapted: Any = model
+    off = adapted.disable_adapter()
+    with _what_trains_stays(model):
+        off.__enter__()
     try:
-        with adapted.disable_adapter():
-            yield
+        yield
+    finally:
+        with _what_trains_stays(model):
+            off.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def _what_trains_stays(model: nn.Module) -> Iterator[None]:
+    trains = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        yield
     finally:
         for weight, did in trains:
             weight.requires_grad_(did)
@@ -92,9 +111,9 @@ class Table:
 
 
 class Reference:
-    """The reference of a run. ``frozen`` is a copy of the starting model; None: the model without adapter."""
+    """The reference of a run. ``frozen``: a copy of the starting model; None: the model without adapter."""
 
-    def __init__(self, frozen: nn.Module | None = None) -> None:
+    def __init__(self, frozen: LossModule | None = None) -> None:
         self._frozen = frozen
 
     def attach(self, batch: Batch, table: str | Rows, slots: Sequence[int]) -> Batch:  # noqa: ARG002
@@ -104,20 +123,18 @@ class Reference:
     def sums(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sum of the log-probabilities of each sequence's labels, sums_S."""
         known = batch.extras.get(REFERENCE)
-        if known is not None:
-            return known
-        with self.scoring(model) as reference:
-            return sequence_logprobs(reference, batch)[0]
+        return known if known is not None else self.run(model, sequence_logprobs, batch)[0]
 
-    @contextlib.contextmanager
-    def scoring(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The reference model, without gradients: the frozen copy, or ``model`` with its adapter off."""
+    def run(self, model: nn.Module, function: Callable[[nn.Module, Batch], Result], batch: Batch) -> Result:
+        """``function(reference, batch)`` without gradients: by the frozen copy, or ``model`` with its adapter
+        off. Where the model is spread over processes, all must ask.
+        """
         if self._frozen is not None:
             with evaluating(self._frozen):
-                yield self._frozen
-            return
+                result: Result = self._frozen(function, batch)
+            return result
         with evaluating(model), _without_adapter(model):
-            yield model
+            return function(model, batch)
 
 
 class FrozenReference(Reference):
@@ -127,9 +144,9 @@ class FrozenReference(Reference):
     base has become another one would go on towards other answers.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model.requires_grad_(False).eval())
-        self._sha256 = weights_hash(model)
+    def __init__(self, frozen: LossModule, sha256: str) -> None:
+        super().__init__(frozen)
+        self._sha256 = sha256
 
     def state_values(self) -> Mapping[str, Any]:
         """Its hash."""
@@ -188,31 +205,58 @@ def make_reference(trainer: Trainer, tables: Sequence[Table], run_dir: Path | No
 
 
 def frozen_reference(trainer: Trainer) -> Reference:
-    """A copy of the model as it is now, which checkpoints recognise from now on."""
-    found = FrozenReference(copy.deepcopy(trainer.model))
+    """A copy of the model as it is now, which checkpoints recognise from now on.
+
+    It is spread over processes as the model is. Raises UnsupportedModelError where that needs a model that
+    transformers makes from its configuration, and this one is not.
+    """
+    found = FrozenReference(_frozen_copy(trainer), weights_hash(trainer.model))
     trainer.stateful["reference"] = found
     return found
 
 
+def _frozen_copy(trainer: Trainer) -> LossModule:
+    from hearth.training.rollouts.weights import plain_copy
+
+    if not is_spread(trainer.model):
+        frozen = LossModule(copy.deepcopy(trainer.model))
+        return frozen.requires_grad_(False).eval()
+    dtype = next(trainer.model.parameters()).dtype
+    made = plain_copy(trainer.model, dtype=dtype, device=trainer.device)
+    split_head(made)  # tries the model while it is whole
+    return spread_frozen(made, trainer.world, trainer.config.parallel)
+
+
 def precompute(trainer: Trainer, tables: Sequence[Table], run_dir: Path | None) -> PrecomputedReference:
-    """Fill the tables, or take them from ``run_dir`` where an earlier part of the run has left them."""
+    """Fill the tables, or take them from ``run_dir`` where an earlier part of the run has left them.
+
+    Of several processes the main one reads and writes the file; all have the tables.
+    """
+    world = trainer.world
     path = None if run_dir is None else run_dir / "reference.safetensors"
     key = {} if path is None else reference_key(trainer)  # hashes all weights
-    progress = TrainingProgress(first_step=0, total_steps=0, enabled=trainer._show_progress)
+    progress = TrainingProgress(first_step=0, total_steps=0, enabled=trainer._show_progress and world.is_main)
     values = {table.name: np.full((table.size, table.num_parts), np.nan) for table in tables}
-    if path is not None and path.exists():
-        stored = read_tables(path)
-        if stored is None:
-            progress.warn(f"{path} is damaged; its reference log-probabilities are computed again")
-        else:
-            _require_same_key(path, stored.key, key)
-            for name, kept in stored.tables.items():
-                if name in values and kept.shape[1:] == values[name].shape[1:]:
-                    shared = min(len(kept), len(values[name]))
-                    values[name][:shared] = kept[:shared]
+    is_there, stored = world.on_main(lambda: _read(path))
+    if is_there and stored is None and world.is_main:
+        progress.warn(f"{path} is damaged; its reference log-probabilities are computed again")
+    if stored is not None:
+        assert path is not None
+        _require_same_key(path, stored.key, key)
+        for name, kept in stored.tables.items():
+            if name in values and kept.shape[1:] == values[name].shape[1:]:
+                shared = min(len(kept), len(values[name]))
+                values[name][:shared] = kept[:shared]
     if _fill(trainer, tables, values, progress) and path is not None:
-        write_tables(path, key, values)
+        world.on_main(lambda: write_tables(path, key, values))
     return PrecomputedReference(tables, values)
+
+
+def _read(path: Path | None) -> tuple[bool, StoredTables | None]:
+    """Whether there is a file, and what is in it if it is whole."""
+    if path is None or not path.exists():
+        return False, None
+    return True, read_tables(path)
 
 
 def _fill(
@@ -221,32 +265,47 @@ def _fill(
     values: Mapping[str, npt.NDArray[np.float64]],
     progress: TrainingProgress,
 ) -> bool:
-    """Compute what is missing; whether anything was."""
-    needed = {table.name: {slot for group in table.slots() for slot in group} for table in tables}
-    missing = sum(int(np.isnan(values[name][sorted(slots)]).any(1).sum()) for name, slots in needed.items())
-    if not missing:
+    """Compute what is missing, each process some of it; whether anything was."""
+    missing = {table.name: _missing(table, values[table.name]) for table in tables}
+    num = sum(len(slots) for groups in missing.values() for _, slots in groups)
+    if not num:
         return False
+    world = trainer.world
     done, last = 0, time.monotonic()
-    progress.say(f"computing the reference log-probabilities of {missing} samples")
+    progress.say(f"computing the reference log-probabilities of {num} samples")
     with evaluating(trainer.model):
         for table in tables:
-            known = values[table.name]
-            for group in table.slots():
-                slots = np.asarray(group)
-                new = np.isnan(known[slots]).any(1)
-                if not new.any():
-                    continue
+            own = np.zeros_like(values[table.name])
+            for (group, new), counts in own_turns(world, missing[table.name]):
                 batch = table.batch(group)
-                with autocast(trainer.precision, trainer.device):
-                    sums, _ = sequence_logprobs(trainer.model, batch.to(trainer.device))
+                sums, _ = trainer.passes.run_on(sequence_logprobs, batch)
+                if not counts:
+                    continue
                 found = sums.double().cpu().numpy().reshape(len(group), table.num_parts)
-                _require_finite(found, table, group)
-                known[slots[new]] = found[new]
-                done += len(np.unique(slots[new]))
+                if world.size == 1:
+                    _require_finite(found, table, group)  # the others would wait
+                own[np.asarray(group)[new]] = found[new]
+                done += len(new)
                 if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
                     last = time.monotonic()
-                    progress.say(f"reference log-probabilities {done}/{missing}")
+                    progress.say(f"reference log-probabilities {done * world.layout.batch_ranks}/{num}")
+            whole = world.sum_over_batch(torch.from_numpy(own).to(trainer.device)).cpu().numpy()
+            slots = [group[place] for group, new in missing[table.name] for place in new]
+            _require_finite(whole[slots], table, slots)
+            values[table.name][slots] = whole[slots]
     return True
+
+
+def _missing(table: Table, known: npt.NDArray[np.float64]) -> list[tuple[Sequence[int], list[int]]]:
+    """Groups with something that nobody knows yet, and the places of that in the group, each slot once."""
+    claimed = set(np.flatnonzero(~np.isnan(known).any(1)).tolist())
+    found = []
+    for group in table.slots():
+        new = [place for place, slot in enumerate(group) if slot not in claimed]
+        if new:
+            found.append((group, list({group[place]: place for place in new}.values())))
+            claimed.update(group)
+    return found
 
 
 def _require_finite(found: npt.NDArray[np.float64], table: Table, group: Sequence[int]) -> None:
@@ -276,11 +335,11 @@ def reference_key(trainer: Trainer) -> dict[str, str]:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all weights."""
+    """SHA-256 over names, types, shapes and bytes of all weights, however they are spread; all must ask."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        flat = weight.detach().cpu().contiguous().reshape(-1)
+        flat = gathered(weight.detach()).cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

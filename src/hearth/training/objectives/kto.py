@@ -31,6 +31,7 @@ from hearth.training.objectives.preference import (
 from hearth.training.precision import autocast
 from hearth.training.reference import Table, evaluating
 from hearth.training.samples import Sample, collate_samples
+from hearth.training.shares import own_turns
 
 if TYPE_CHECKING:
     from hearth.training.trainer import Trainer
@@ -138,21 +139,28 @@ class KTO(PreferenceObjective):
     def _baseline(
         self, trainer: Trainer, table: str, rows: Rows, indices: Sequence[int], first: int
     ) -> Tensor:
-        """z0 of these rows, in nats and never negative; ``first``: the position of the first in the table."""
+        """z0 of these rows, in nats and never negative; ``first``: the position of the first in the table.
+
+        ``indices`` are the rows of all processes: each estimates over some of the mismatched pairs.
+        """
         assert self._reference is not None
+        reference = self._reference
+
+        def log_ratios(model: nn.Module, batch: Batch) -> Tensor:
+            policy_S, _ = sequence_logprobs(model, batch)
+            return policy_S.double() - reference.sums(model, batch).double()
+
         total = torch.zeros((), dtype=torch.float64, device=trainer.device)
-        size = trainer.micro_batch_size
-        with evaluating(trainer.model):
-            for start in range(0, len(indices), size):
-                positions = range(start, min(start + size, len(indices)))
+        size, num = trainer.micro_batch_size, len(indices)
+        groups = [range(start, min(start + size, num)) for start in range(0, num, size)]
+        with evaluating(trainer.model), autocast(trainer.precision, trainer.device):
+            for positions, counts in own_turns(trainer.world, groups):
                 batch = self._mismatched(rows, indices, positions)
-                batch = self._reference.attach(batch, table, [first + each for each in positions])
-                batch = batch.to(trainer.device)
-                with autocast(trainer.precision, trainer.device):
-                    policy_S, _ = sequence_logprobs(trainer.model, batch)
-                    reference_S = self._reference.sums(trainer.model, batch)
-                total += (policy_S.double() - reference_S.double()).sum()
-        return (total / len(indices)).clamp(min=0).cpu()
+                batch = reference.attach(batch, table, [first + each for each in positions])
+                ratios_S = trainer.run_model(log_ratios, batch.to(trainer.device))
+                if counts:
+                    total += ratios_S.sum()
+        return (trainer.world.sum_over_batch(total) / num).clamp(min=0).cpu()
 
     def batches(self, trainer: Trainer, step: int, indices: Sequence[int]) -> list[Batch]:
         """Micro-batches that know the baseline of their step."""

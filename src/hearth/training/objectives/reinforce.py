@@ -11,7 +11,10 @@ Shape suffixes: B rows, T positions, S answers, N tokens of all answers (in a ba
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,8 +34,9 @@ from hearth.training.rollouts.batching import FIGURES, KeptRollouts, Rollouts, l
 from hearth.training.rollouts.formulas import clipped_policy_losses, divergences
 from hearth.training.rollouts.judge import RewardModelJudge
 from hearth.training.rollouts.rewards import Rewards, make_rewards
-from hearth.training.rollouts.source import RolloutSource
+from hearth.training.rollouts.source import Draw, RolloutSource
 from hearth.training.samples import sample_rows
+from hearth.training.shares import in_every_process, own_range, own_turns
 
 if TYPE_CHECKING:
     from hearth.training.trainer import Trainer
@@ -135,48 +139,79 @@ class ReinforceObjective(Objective):
         number = step // self.settings.iterations
         if self.settings.iterations > 1:
             indices = trainer.step_rows(number)[: len(indices)]
-        # A trainer that is tried on a copy of the model has rounds of its own, which nobody keeps.
+        # A trainer that is tried has rounds of its own, which nobody keeps.
         keeps = trainer is self._owner and self.settings.iterations > 1
         rollouts = self._kept.rollouts if keeps and self._kept.round == number else None
         if rollouts is None or rollouts.rows != tuple(indices):
             rollouts = self.play(trainer, trainer.rows, indices, number)
             if keeps:
                 self._kept.round, self._kept.rollouts = number, rollouts
-        return self._cut(trainer, rollouts)
+        own = trainer.world.share(range(len(indices)))
+        assert isinstance(own, range)
+        return self._cut(trainer, rollouts, own)
 
     def evaluation_batches(self, trainer: Trainer, rows: Rows, indices: Sequence[int]) -> Iterable[Batch]:
         """Answers to the held-out prompts, always with the same dice."""
         return self._cut(trainer, self.play(trainer, rows, indices, _EVALUATION))
 
-    def _cut(self, trainer: Trainer, rollouts: Rollouts) -> list[Batch]:
+    def _cut(self, trainer: Trainer, rollouts: Rollouts, places: range | None = None) -> list[Batch]:
         self._figure_names = tuple(rollouts.figures)
-        return list(rollouts.batches(trainer.micro_batch_size))
+        return list(rollouts.batches(trainer.micro_batch_size, places))
 
     def play(self, trainer: Trainer, rows: Rows, indices: Sequence[int], number: int) -> Rollouts:
-        """Draw the answers of a round, have them judged, and score them under policy and reference."""
+        """Draw the answers of a round, have them judged, and score them under policy and reference.
+
+        Each process draws and judges the answers to some of the prompts; all of them know the whole round.
+        """
         assert self._source is not None
-        assert self._rewards is not None
         prompts = [self._prompt(rows, index) for index in indices]
-        drawn = self._source.draw(trainer.model, prompts, number)
+        own = own_range(trainer.world, len(prompts))
+        self._source.take_weights(trainer.model)
+        judged = in_every_process(
+            trainer.world, lambda: self._draw_and_judge(trainer, rows, indices, prompts, own, number)
+        )
+        drawn = [group for part in judged for group in part.drawn]
+        rewards_S = torch.cat([part.rewards_S for part in judged])
+        # A process without prompts has judged nothing; the first one always has some.
+        by_name = {
+            name: torch.cat([part.by_name[name] for part in judged if part.drawn])
+            for name in judged[0].by_name
+        }
         rollouts = Rollouts.of(indices, prompts, [[each.token_ids for each in group] for group in drawn])
-        answers = [
-            Answer(
-                trainer.tokenizer.decode(prompt),  # type: ignore[union-attr]
-                each.text,
-                tuple(prompt),
-                tuple(each.token_ids),
-                each.truncated,
-                rows[index].fields,
-            )
-            for index, prompt, group in zip(indices, prompts, drawn, strict=True)
-            for each in group
-        ]
-        rewards_S, by_name = self._rewards(answers)
         rollouts.values[ENGINE] = torch.tensor([p for group in drawn for d in group for p in d.logprobs])
-        rollouts.figures = _figures(rewards_S, by_name, answers)
+        rollouts.figures = _figures(rewards_S, by_name, [each for group in drawn for each in group])
         self._score(trainer, rollouts)
         rollouts.figures |= self.judge(rollouts, rewards_S)
         return rollouts
+
+    def _draw_and_judge(
+        self,
+        trainer: Trainer,
+        rows: Rows,
+        indices: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        own: range,
+        number: int,
+    ) -> _Judged:
+        """Answers to the prompts at the places ``own`` of a round, and their rewards."""
+        assert self._source is not None
+        assert self._rewards is not None
+        if not own:
+            return _Judged([], torch.zeros(0, dtype=torch.float64), {})
+        drawn = self._source.draw({place: prompts[place] for place in own}, number)
+        answers = [
+            Answer(
+                trainer.tokenizer.decode(list(prompts[place])),  # type: ignore[union-attr]
+                each.text,
+                tuple(prompts[place]),
+                tuple(each.token_ids),
+                each.truncated,
+                rows[indices[place]].fields,
+            )
+            for place, group in zip(own, drawn, strict=True)
+            for each in group
+        ]
+        return _Judged(drawn, *self._rewards(answers))
 
     def _prompt(self, rows: Rows, index: int) -> list[int]:
         sample = rows[index]
@@ -194,14 +229,22 @@ class ReinforceObjective(Objective):
 
     def _score(self, trainer: Trainer, rollouts: Rollouts) -> None:
         """Add to the values of tokens what the model says of them, in the micro-batches of training."""
-        found: dict[str, list[Tensor]] = {}
-        for batch in rollouts.batches(trainer.micro_batch_size):
-            with evaluating(trainer.model), autocast(trainer.precision, trainer.device):
-                measured = self.measure(trainer.model, batch.to(trainer.device))
-            order_N = label_order(batch)
-            for name, value_N in measured.items():
-                found.setdefault(name, []).append(value_N.cpu()[order_N])
-        rollouts.values |= {name: torch.cat(parts) for name, parts in found.items()}
+        size, num = trainer.micro_batch_size, len(rollouts.rows)
+        groups = [range(first, min(first + size, num)) for first in range(0, num, size)]
+        own: list[tuple[range, dict[str, Tensor]]] = []
+        with evaluating(trainer.model), autocast(trainer.precision, trainer.device):
+            for places, counts in own_turns(trainer.world, groups):
+                batch = rollouts.batch(places)
+                measured = trainer.run_model(self.measure, batch.to(trainer.device))
+                order_N = label_order(batch)
+                if counts:
+                    own.append((places, {name: value_N.cpu()[order_N] for name, value_N in measured.items()}))
+        found: dict[str, Tensor] = {}
+        for places, values in itertools.chain.from_iterable(trainer.world.gather(own)):
+            for name, value_N in values.items():
+                whole_N = found.setdefault(name, value_N.new_empty(int(rollouts.answer_lengths_S.sum())))
+                whole_N[rollouts.tokens_at(places)] = value_N
+        rollouts.values |= found
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """What must be known of the tokens before the first step on them, in row order."""
@@ -216,8 +259,8 @@ class ReinforceObjective(Objective):
         """Log-probabilities under the reference, where there is one."""
         if self._reference is None:
             return {}
-        with self._reference.scoring(model) as reference:
-            return {REFERENCE: token_logprobs(reference, batch, temperature=self.settings.temperature)[0]}
+        logprobs = functools.partial(token_logprobs, temperature=self.settings.temperature)
+        return {REFERENCE: self._reference.run(model, logprobs, batch)[0]}
 
     def judge(self, rollouts: Rollouts, rewards_S: Tensor) -> dict[str, float]:
         """Set the values ADVANTAGES; returns further figures of the round."""
@@ -271,7 +314,16 @@ class ReinforceObjective(Objective):
         return losses_N, metrics
 
 
-def _figures(rewards_S: Tensor, by_name: Mapping[str, Tensor], answers: Sequence[Answer]) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Judged:
+    """Of some of the prompts the answers, the rewards of those, and each reward by its name."""
+
+    drawn: list[list[Draw]]
+    rewards_S: Tensor
+    by_name: Mapping[str, Tensor]
+
+
+def _figures(rewards_S: Tensor, by_name: Mapping[str, Tensor], answers: Sequence[Draw]) -> dict[str, float]:
     """Mean and deviation of the rewards, and of the lengths of answers."""
     figures = {"reward": float(rewards_S.mean()), "reward_std": float(rewards_S.std(correction=0))}
     for name, values_S in by_name.items():

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hearth.training.clipping import local
 from hearth.training.optimizers.adamw8bit import AdamW8bit, empty_state
 from hearth.training.optimizers.lion import Lion
 from hearth.training.optimizers.muon import MuonWithAdamW
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the state once every weight has had a gradient, before the first step is made."""
+    """Bytes of this process's state once every weight has had a gradient, before the first step is made."""
     return sum(
-        _weight_state_bytes(optimizer, weight, hidden=bool(group.get("hidden")))
+        _weight_state_bytes(optimizer, local(weight), hidden=bool(group.get("hidden")))
         for group in optimizer.param_groups
         for weight in group["params"]
     )

@@ -55,22 +55,30 @@ class Rollouts:
         """Tokens of each answer, with its stop token."""
         return self.lengths_S - self.prompt_lengths_S
 
-    def batches(self, prompts_at_once: int) -> Iterator[Batch]:
-        """Micro-batches of so many prompts with all their answers."""
+    def batches(self, prompts_at_once: int, places: range | None = None) -> Iterator[Batch]:
+        """Micro-batches of so many prompts with all their answers: of those at ``places``, or of all."""
+        asked = range(len(self.rows)) if places is None else places
+        for first in range(0, len(asked), prompts_at_once):
+            yield self.batch(asked[first : first + prompts_at_once])
+
+    def batch(self, places: range) -> Batch:
+        """The prompts at these places of the round, with all their answers."""
+        here = range(places[0] * self.num_generations, (places[-1] + 1) * self.num_generations)
         ends = [0, *self.lengths_S.cumsum(0).tolist()]
-        token_ends = [0, *self.answer_lengths_S.cumsum(0).tolist()]
+        samples = []
+        for s in here:
+            tokens = self.tokens[ends[s] : ends[s + 1]].numpy()
+            samples.append(Sample(((tokens, np.arange(len(tokens)) >= int(self.prompt_lengths_S[s])),)))
+        batch = collate_samples(samples, self.rows[places[0] : places[-1] + 1])
+        order_N, cut = label_order(batch), self.tokens_at(places)
+        extras = {name: _spread(value_N[cut], order_N) for name, value_N in self.values.items()}
         figures = torch.tensor(list(self.figures.values()), dtype=torch.float64)
-        for first in range(0, len(self.rows), prompts_at_once):
-            rows = self.rows[first : first + prompts_at_once]
-            here = range(first * self.num_generations, (first + len(rows)) * self.num_generations)
-            samples = []
-            for s in here:
-                tokens = self.tokens[ends[s] : ends[s + 1]].numpy()
-                samples.append(Sample(((tokens, np.arange(len(tokens)) >= int(self.prompt_lengths_S[s])),)))
-            batch = collate_samples(samples, rows)
-            order_N, cut = label_order(batch), slice(token_ends[here[0]], token_ends[here[-1] + 1])
-            extras = {name: _spread(value_N[cut], order_N) for name, value_N in self.values.items()}
-            yield dataclasses.replace(batch, extras={**extras, FIGURES: figures})
+        return dataclasses.replace(batch, extras={**extras, FIGURES: figures})
+
+    def tokens_at(self, places: range) -> slice:
+        """Which of N are tokens of the answers to these prompts."""
+        ends = [0, *self.answer_lengths_S.cumsum(0).tolist()]
+        return slice(ends[places[0] * self.num_generations], ends[(places[-1] + 1) * self.num_generations])
 
 
 def label_order(batch: Batch) -> Tensor:

@@ -1,9 +1,13 @@
-"""Answers to prompts by Hearth's engine, in the process that trains, with the weights of the moment."""
+"""Answers to prompts by Hearth's engine, in the process that trains, with the weights of the moment.
+
+Of several processes each has an engine of its own, with a whole copy of the weights, however the model that
+trains is spread; and each answers some of the prompts.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +57,19 @@ class RolloutSource:
         """``train.reinforce``."""
         return self._trainer.config.train.reinforce
 
-    def draw(self, model: nn.Module, prompts: Sequence[Sequence[int]], step: int) -> list[list[Draw]]:
-        """``num_generations`` answers to every prompt, by the weights that ``model`` has now.
+    def take_weights(self, model: nn.Module) -> None:
+        """Answer by the weights that ``model`` has now, from an empty cache; all processes must ask."""
+        self._engine = self._with_weights_of(model)
 
-        The same seeds, weights and prompts give the same answers: the engine begins with an empty cache.
+    def draw(self, prompts: Mapping[int, Sequence[int]], step: int) -> list[list[Draw]]:
+        """``num_generations`` answers to each of these prompts of a round, which are given by their places.
+
+        The same seeds, weights and prompts give the same answers: dice depend on the place of a prompt, not
+        on which others there are.
         """
-        engine = self._with_weights_of(model)
+        if not prompts:
+            return []
+        assert self._engine is not None, "take_weights() has not been called"
         settings, seed = self.settings, self._trainer.config.train.seed
         params = [
             SamplingParams(
@@ -69,10 +80,10 @@ class RolloutSource:
                 seed=draw_seed(seed, step, place),
                 logprobs=0,
             )
-            for place in range(len(prompts))
+            for place in prompts
         ]
-        completions = engine.generate([list(prompt) for prompt in prompts], params)
-        engine.release_cache()  # the backward pass needs the memory
+        completions = self._engine.generate([list(prompt) for prompt in prompts.values()], params)
+        self._engine.release_cache()  # the backward pass needs the memory
         drawn: list[list[Draw]] = [[] for _ in prompts]
         for number, each in enumerate(completions):
             assert each.logprobs is not None
@@ -94,13 +105,12 @@ class RolloutSource:
         dtype = generation_dtype(trainer.precision, trainer.device)
         generation: Any = generation_config_of(trainer, trainer.model)
         config = trainer.config
-        self._engine = Engine.from_model(
-            plain_copy(model, dtype=dtype, generation_config=generation),
+        return Engine.from_model(
+            plain_copy(model, dtype=dtype, generation_config=generation, device=trainer.device),
             trainer.tokenizer,
             max_model_len=config.data.sequence_length,
             max_num_seqs=min(_MOST_AT_ONCE, config.train.batch_size * self.settings.num_generations),
         )
-        return self._engine
 
 
 def generation_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -11,10 +11,12 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hearth.errors import UnsupportedModelError
 from hearth.models.quantised import QuantisedLinear
+from hearth.parallel.tensor import gathered
 from hearth.training.loss import unwrap
 
 
@@ -22,7 +24,8 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
     """Weights by the names of the model without its adapter; where there is one, its update is added.
 
     Quantised weights are given as what they stand for. What is unchanged is not copied. What never is saved,
-    such as a value head, is left out.
+    such as a value head, is left out. Of weights that are spread over processes each gets the whole; all must
+    ask.
     """
     inner = unwrap(model)
     ignored = set(getattr(inner, "_keys_to_ignore_on_save", None) or ())
@@ -34,12 +37,31 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
         prefix = f"{name}." if name else ""
         for key, weight in module.named_parameters(recurse=False):
             if f"{prefix}{key}" not in ignored:
-                found[f"{prefix}{key}"] = weight.detach()
+                found[f"{prefix}{key}"] = gathered(weight.detach())
         if isinstance(module, QuantisedLinear):
             found[f"{prefix}weight"] = module.dequantised()
     for name, layer in adapted.items():
-        found |= {f"{name}.{key}": weight for key, weight in _merged(layer).items()}
+        with _whole(layer):
+            found |= {f"{name}.{key}": weight for key, weight in _merged(layer).items()}
     return found
+
+
+@contextmanager
+def _whole(module: nn.Module) -> Iterator[None]:
+    """Within, weights that are spread over processes are whole ones in each; changes to them are lost."""
+    before: list[tuple[nn.Module, dict[str, Any]]]
+    before = [(part, dict(part._parameters)) for part in module.modules()]
+    try:
+        for part, weights in before:
+            for name, weight in weights.items():
+                if isinstance(weight, DTensor):
+                    part._parameters[name] = nn.Parameter(
+                        gathered(weight.detach()), requires_grad=weight.requires_grad
+                    )
+        yield
+    finally:
+        for part, weights in before:
+            part._parameters.update(weights)
 
 
 def _merged(layer: Any) -> dict[str, Tensor]:
@@ -68,21 +90,28 @@ def _plain(base: QuantisedLinear) -> nn.Linear:
     return made
 
 
-def plain_copy(model: nn.Module, *, dtype: torch.dtype, generation_config: Any = None) -> PreTrainedModel:
+def plain_copy(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype,
+    generation_config: Any = None,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
     """Another model with the same weights in ``dtype``, without adapter and value head, to generate with.
 
-    Raises UnsupportedModelError for a class that transformers does not make from its configuration.
+    Where the model is spread over processes each gets a whole copy; all must ask. ``device``: that of the
+    weights, unless given. Raises UnsupportedModelError for a class that transformers does not make from its
+    configuration.
     """
     inner = unwrap(model)
     with torch.random.fork_rng(devices=[]):
         made: Any = AutoModelForCausalLM.from_config(copy.deepcopy(inner.config), dtype=dtype)
     if type(made) is not type(inner):
         raise UnsupportedModelError(
-            f"{type(inner).__name__} cannot generate its rollouts: its configuration makes a "
-            f"{type(made).__name__}",
+            f"{type(inner).__name__} cannot be copied: its configuration makes a {type(made).__name__}",
             fix="use a causal language model of transformers",
         )
-    made.to(next(inner.parameters()).device)
+    made.to(device or next(inner.parameters()).device)
     report = made.load_state_dict(plain_weights(model), strict=False)
     assert not report.unexpected_keys, report.unexpected_keys
     tied = getattr(made, "all_tied_weights_keys", None) or {}
