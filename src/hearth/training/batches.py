@@ -98,6 +98,26 @@ class Batch:
         rows["labels_BT"][first_added:] = IGNORE
         return replace(self, **rows, num_valid=self.num_valid if counts else 0)
 
+    def padded(self, num_rows: int, width: int) -> Batch:
+        """With so many rows of so many positions; what is added is padding."""
+        more_rows, more = num_rows - len(self.input_ids_BT), width - self.input_ids_BT.shape[1]
+        if not more_rows and not more:
+            return self
+
+        def pad(tensor: Tensor, value: int) -> Tensor:
+            return torch.nn.functional.pad(tensor, (0, more, 0, more_rows), value=value)
+
+        positions = pad(self.position_ids_BT, 0)
+        positions[:, width - more :] = torch.arange(more)
+        positions[num_rows - more_rows :] = torch.arange(width)
+        return replace(
+            self,
+            input_ids_BT=pad(self.input_ids_BT, 0),
+            labels_BT=pad(self.labels_BT, IGNORE),
+            position_ids_BT=positions,
+            segment_ids_BT=pad(self.segment_ids_BT, -1),
+        )
+
     def at(self, positions_Q: Tensor) -> Batch:
         """These positions of every row alone."""
         names = ("input_ids_BT", "labels_BT", "position_ids_BT", "segment_ids_BT")

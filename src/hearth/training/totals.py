@@ -55,8 +55,14 @@ class LossTotals:
         return part
 
     def take(self, other: LossTotals) -> None:
-        """Be the same as another."""
-        self._sums, self._counts, self._metrics = other._sums, other._counts, other._metrics
+        """Add what another has counted."""
+        for unit, total in other._sums.items():
+            own = self._sums.get(unit, torch.zeros((), dtype=torch.float64, device=self._device))
+            self._sums[unit] = own + total.to(self._device)
+            self._counts[unit] = self._counts.get(unit, 0.0) + other._counts[unit]
+        for name, (total, count) in other._metrics.items():
+            before = self._metrics.get(name, [0.0, 0.0])
+            self._metrics[name] = [before[0] + total, before[1] + count]
 
     def reduce(self, world: World) -> None:
         """Add up over the processes that had other rows. All have the same units and metrics."""

@@ -9,13 +9,12 @@ of the data and the learning rate are functions of the step.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,11 +25,10 @@ from hearth.config.recipe import Recipe
 from hearth.errors import ConfigError, DataError, TrainingError
 from hearth.models import peak_flops
 from hearth.parallel.apply import Parallelized, parallelize
-from hearth.parallel.pipeline import Inputs, Pipeline
-from hearth.parallel.sharding import LossModule, synchronize_gradients
+from hearth.parallel.sharding import LossModule
 from hearth.parallel.world import World
 from hearth.training import rng
-from hearth.training.batches import SEGMENTS, Batch, fingerprint_of, row_at, step_rows
+from hearth.training.batches import Batch, fingerprint_of, row_at, step_rows
 from hearth.training.callbacks import Callback
 from hearth.training.checkpoint import Checkpoint, Contents, Counters, Stateful, Weights, collect, restore
 from hearth.training.clipping import scale
@@ -38,20 +36,21 @@ from hearth.training.execution import set_up_execution
 from hearth.training.facts import ModelFacts
 from hearth.training.fitting import memory_of_process, refuse_what_cannot_fit
 from hearth.training.identity import Identity, common_facts, identity_of
-from hearth.training.loss import kept_gradients, use_split_of
+from hearth.training.loss import use_split_of
 from hearth.training.micro_batch import choose_micro_batch
 from hearth.training.nonfinite import skip_or_raise
 from hearth.training.objectives import Losses, make_objective
 from hearth.training.observers import own_callbacks
 from hearth.training.optimizers import trainable_parameters
 from hearth.training.optimizers.groups import resolve_settings
+from hearth.training.passes import Passes
 from hearth.training.performance import StepClock
 from hearth.training.plan import TrainingPlan, resolve_steps, too_long
-from hearth.training.precision import autocast, choose_device, choose_precision
+from hearth.training.precision import choose_device, choose_precision
 from hearth.training.progress import TrainingProgress
 from hearth.training.samples import Sample
 from hearth.training.schedule import learning_rate_at
-from hearth.training.totals import LossTotals, add_up, as_losses
+from hearth.training.totals import LossTotals, add_up
 from hearth.training.trackers import Tracking, make_trackers
 from hearth.training.updates import Updates
 
@@ -133,10 +132,27 @@ class Trainer:
         self.base_reference = base_reference
         self.device = choose_device(device) if world is None else world.device
         self.world = world or World.alone(self.device)
-        section = self.config.train
         _require_equal_shares(self.config, self.world)
-        self.precision = choose_precision(section.precision, self.device)
+        self.precision = choose_precision(self.config.train.precision, self.device)
         self.objective = make_objective(self.config)
+        self._take_data(train_dataset, eval_dataset)
+        self.state = TrainingState()
+        self.run: Run | None = None
+        self.clock = StepClock(self.device)
+        self.tracking: Tracking | None = None  # while the run goes on
+        own_callbacks(self)  # refuses what cannot be before anything is built
+        self._resume = resume
+        self._show_progress = progress
+        self._progress: TrainingProgress | None = None
+        self._stop_reason: str | None = None
+        self._objective_started = False
+        self._spread_model(in_parts)
+        self.optimizer = self.updates.optimizer
+        self.stateful: dict[str, Stateful] = self._stateful()
+
+    def _take_data(self, train_dataset: Any, eval_dataset: Any) -> None:
+        """The rows of both splits, and how many steps they give."""
+        section = self.config.train
         self.objective.check(train_dataset)
         rows = self.objective.rows(train_dataset, "train")
         if rows is None or len(rows) == 0:
@@ -149,16 +165,10 @@ class Trainer:
         self.total_steps = resolve_steps(
             steps=section.steps, epochs=section.epochs, rows=len(rows), batch_size=section.batch_size
         )
-        self.state = TrainingState()
-        self.run: Run | None = None
-        self.clock = StepClock(self.device)
-        self.tracking: Tracking | None = None  # while the run goes on
-        own_callbacks(self)  # refuses what cannot be before anything is built
-        self._resume = resume
-        self._show_progress = progress
-        self._progress: TrainingProgress | None = None
-        self._stop_reason: str | None = None
-        self._objective_started = False
+
+    def _spread_model(self, in_parts: InParts | None) -> None:
+        """Set the model up as the recipe says, spread it over processes, and make what changes it."""
+        section = self.config.train
         if in_parts is None:
             self.model.to(self.device)
         else:
@@ -169,16 +179,15 @@ class Trainer:
         # Of the whole model, and before it is spread: it freezes what the groups freeze.
         settings = resolve_settings(self.model, section.parameter_groups, weight_decay=section.weight_decay)
         self.facts = ModelFacts.of(self.model, self._sequence_length())
-        self._parallel = parallelize(
+        spread = parallelize(
             self.model,
             self.world,
             self.config.parallel,
             sequence_length=self._sequence_length(),
             source=None if in_parts is None else in_parts.source,
         )
+        self.passes = Passes(self, spread)
         self.updates = Updates(self.model, section, precision=self.precision, settings=settings)
-        self.optimizer = self.updates.optimizer
-        self.stateful: dict[str, Stateful] = self._stateful()
         if notice is not None:
             TrainingProgress(first_step=0, total_steps=0, enabled=False).warn(notice)
 
@@ -300,7 +309,8 @@ class Trainer:
         started = time.perf_counter()
         self.clock.phase("data")
         self.start_objective()
-        batches = [self._own_positions(b) for b in self.objective.batches(self, step, self.step_rows(step))]
+        given = self.objective.batches(self, step, self.step_rows(step))
+        batches = [self.passes.own_positions(batch) for batch in given]
         counts = add_up(self.objective.counts(batch) for batch in batches)
         read = {_READ: float(sum(batch.num_tokens for batch in batches))}
         expected = self.world.sum_counts(counts | read)
@@ -331,82 +341,18 @@ class Trainer:
         self, batches: Sequence[Batch], expected: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, float]]:
         """Add up the gradients of the loss of the step; the loss itself, and the means of its metrics."""
-        found = LossTotals(self.device)
-        if self._parallel.pipeline is not None:
-            found = self._through_pipeline(self._parallel.pipeline, batches, expected)
-            batches = ()
-        for number, batch in enumerate(batches, 1):
-            assert self._parallel.module is not None
-            synchronize_gradients(self._parallel.module, self.config.parallel, last=number == len(batches))
-            self.clock.phase("data")
-            moved = batch.to(self.device)
-            self.clock.phase("forward")
-            losses = self._losses(moved)
-            part = found.add(losses, expected)
-            self.clock.phase("backward")
-            if part.requires_grad:
-                self.updates.backward(part)
+        found = self.passes.add_gradients(batches, expected)
         found.reduce(self.world)
         factor = found.correction(expected)
         if factor != 1.0:
             scale(self.updates.gradients(), factor)
         return found.mean(), found.metric_means()
 
-    def _own_positions(self, batch: Batch) -> Batch:
-        """What of a batch this process trains on, where positions are spread over processes."""
-        context = self._parallel.context
-        return batch if context is None else batch.at(context.positions_Q)
-
-    def _losses(self, batch: Batch) -> Losses:
-        """The loss of a micro-batch that is on the device."""
-
-        def losses_of(model: nn.Module) -> tuple[dict[str, Tensor], Losses]:
-            losses = as_losses(self.compute_loss(model, batch))
-            return dict(losses.sums), losses
-
-        if self._parallel.context is not None:
-            self._parallel.context.begin(batch.extras[SEGMENTS])
-        with autocast(self.precision, self.device):
-            sums, losses = self.run_model(losses_of)
-        return dataclasses.replace(losses, sums=sums)
-
-    def _through_pipeline(
-        self, pipeline: Pipeline, batches: Sequence[Batch], expected: Mapping[str, float]
-    ) -> LossTotals:
-        moved = [batch.to(self.device) for batch in batches]
-        found = LossTotals(self.device)
-
-        def part_of(model: nn.Module, number: int) -> Tensor:
-            use_split_of(self.model, model)
-            twice = self.config.parallel.schedule == "zero_bubble"
-            with autocast(self.precision, self.device), kept_gradients(twice):
-                losses = as_losses(self.compute_loss(model, moved[number]))
-            part = found.add(losses, expected)
-            return part if self.updates.scaler is None else part * self.updates.scaler.factor
-
-        self.clock.phase("forward")
-        model: Any = self.model
-        with autocast(self.precision, self.device):
-            pipeline.run(
-                [Inputs(batch.input_ids_BT, batch.position_ids_BT) for batch in moved],
-                part_of,
-                hidden_size=model.config.get_text_config().hidden_size,
-                dtype=next(model.parameters()).dtype,
-            )
-        result: LossTotals = pipeline.from_last(found)
-        return result
-
     def run_model(self, function: Callable[..., Result], *inputs: Any) -> Result:
-        """``function(model, *inputs)``. Whatever runs the model must go through here: it may be spread over
-        processes, all of which must do the same then.
+        """``function(model, *inputs)``. Whatever runs the model must go through here or ``passes``: it may be
+        spread over processes, all of which must do the same then.
         """
-        if self._parallel.module is None:
-            raise ConfigError(
-                f"parallel.pipeline: {self.config.train.objective} runs the model as no pipeline can",
-                fix="use parallel.shard and parallel.tensor",
-            )
-        result: Result = self._parallel.module(function, *inputs)
-        return result
+        return self.passes.run_model(function, *inputs)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0."""
@@ -476,23 +422,19 @@ class Trainer:
     def _evaluate_batches(self, batches: Iterable[Batch], found: LossTotals) -> None:
         """Add up the losses of this process's share; all processes run the model equally often."""
         ranks, own = self.world.layout.batch_ranks, self.world.layout.batch_rank(self.world.rank)
-        given, mine = iter(batches), []
-        while group := list(itertools.islice(given, ranks)):
-            counts = own < len(group)
-            batch = self._own_positions(group[own if counts else 0])
-            if self._parallel.pipeline is not None:
-                mine.append(batch.filled(self.micro_batch_size, counts=counts))
-                continue
-            losses = self._losses(batch.to(self.device))
-            found.add(losses if counts else losses.nothing())
-        if self._parallel.pipeline is not None:
-            mine += [mine[0].filled(0, counts=False)] * (-len(mine) % self.config.parallel.pipeline)
-            found.take(self._through_pipeline(self._parallel.pipeline, mine, {}))
+
+        def mine() -> Iterator[tuple[Batch, bool]]:
+            given = iter(batches)
+            while group := list(itertools.islice(given, ranks)):
+                counts = own < len(group)
+                yield self.passes.own_positions(group[own if counts else 0]), counts
+
+        self.passes.add_losses(mine(), found)
 
     def loss_of(self, batch: Batch) -> Tensor:
         """The loss of a batch alone, wherever its model is."""
         found = LossTotals(self.device)
-        found.add(self._losses(self._own_positions(batch).to(self.device)))
+        self.passes.add_losses([(self.passes.own_positions(batch), True)], found)
         return found.mean()
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────
@@ -562,7 +504,7 @@ class Trainer:
         """Median seconds of an optimizer step, after one to warm up. Runs on a copy; nothing here changes."""
         trial = copy.copy(self)
         trial.model = copy.deepcopy(self.model)
-        trial._parallel = Parallelized(LossModule(trial.model))
+        trial.passes = Passes(trial, Parallelized(LossModule(trial.model)))
         if not self._objective_started:
             trial.total_steps = num_steps + 1  # what an objective prepares for a run, it prepares for these
         trial.updates = Updates(trial.model, self.config.train, precision=self.precision)

@@ -1,0 +1,151 @@
+"""Micro-batches through the model, wherever its parts are: in one process, in all of them, in stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hearth.errors import ConfigError
+from hearth.parallel.apply import Parallelized
+from hearth.parallel.pipeline import Inputs, Pipeline
+from hearth.parallel.sharding import synchronize_gradients
+from hearth.training.batches import SEGMENTS, Batch
+from hearth.training.loss import kept_gradients, use_split_of
+from hearth.training.precision import autocast
+from hearth.training.totals import LossTotals, as_losses
+
+if TYPE_CHECKING:
+    from hearth.training.objectives import Losses
+    from hearth.training.trainer import Trainer
+
+Result = TypeVar("Result")
+_ROUNDS = 8  # of an evaluation, micro-batches for each process that go through a pipeline at once
+
+
+class Passes:
+    """Forward and backward passes of a trainer's model. Of several processes all must do the same."""
+
+    def __init__(self, trainer: Trainer, spread: Parallelized) -> None:
+        self._trainer, self._spread = trainer, spread
+
+    def add_gradients(self, batches: Sequence[Batch], expected: Mapping[str, float]) -> LossTotals:
+        """Add up the gradients of the loss of a step with these counts; the losses of this process."""
+        trainer = self._trainer
+        if self._spread.pipeline is not None:
+            return self._through_pipeline(self._spread.pipeline, batches, expected)
+        found = LossTotals(trainer.device)
+        for number, batch in enumerate(batches, 1):
+            assert self._spread.module is not None
+            synchronize_gradients(self._spread.module, trainer.config.parallel, last=number == len(batches))
+            trainer.clock.phase("data")
+            moved = batch.to(trainer.device)
+            trainer.clock.phase("forward")
+            losses = self._losses(moved)
+            part = found.add(losses, expected)
+            trainer.clock.phase("backward")
+            if part.requires_grad:
+                trainer.updates.backward(part)
+        return found
+
+    def add_losses(self, batches: Iterable[tuple[Batch, bool]], found: LossTotals) -> None:
+        """Add the losses of these batches to ``found``, but of those that do not count (False)."""
+        trainer, pipeline = self._trainer, self._spread.pipeline
+        if pipeline is None:
+            for batch, counts in batches:
+                losses = self._losses(batch.to(trainer.device))
+                found.add(losses if counts else losses.nothing())
+            return
+        size = _ROUNDS * trainer.config.parallel.pipeline
+        filled = (batch.filled(trainer.micro_batch_size, counts=counts) for batch, counts in batches)
+        while group := list(itertools.islice(filled, size)):
+            group += [group[0].filled(0, counts=False)] * (-len(group) % trainer.config.parallel.pipeline)
+            found.take(self._through_pipeline(pipeline, group, {}))
+
+    def own_positions(self, batch: Batch) -> Batch:
+        """What of a batch this process trains on, where positions are spread over processes."""
+        context = self._spread.context
+        return batch if context is None else batch.at(context.positions_Q)
+
+    def run_model(self, function: Callable[..., Result], *inputs: Any) -> Result:
+        """``function(model, *inputs)``."""
+        if self._spread.module is None:
+            raise ConfigError(
+                f"parallel.pipeline: {self._trainer.config.train.objective} needs all of the model at once",
+                fix="use parallel.shard and parallel.tensor",
+            )
+        result: Result = self._spread.module(function, *inputs)
+        return result
+
+    def run_on(self, function: Callable[[nn.Module, Batch], Result], batch: Batch) -> Result:
+        """``function(model, batch)`` without gradients, in a pipeline too; any picklable result."""
+        trainer, pipeline = self._trainer, self._spread.pipeline
+        with torch.no_grad(), autocast(trainer.precision, trainer.device):
+            if pipeline is None:
+                return self.run_model(function, batch.to(trainer.device))
+            moved = batch.to(trainer.device)
+            found: list[Result] = []
+
+            def part_of(model: nn.Module, number: int) -> Tensor:
+                use_split_of(trainer.model, model)
+                if number == 0:
+                    found.append(function(model, moved))
+                return torch.zeros((), device=trainer.device)
+
+            # As many as there are processes: fewer do not fill an interleaved schedule.
+            self._run(pipeline, [moved] * trainer.config.parallel.pipeline, part_of)
+            result: Result = pipeline.from_last(found)[0]
+        return result
+
+    def _losses(self, batch: Batch) -> Losses:
+        """The loss of a micro-batch that is on the device."""
+        trainer = self._trainer
+
+        def losses_of(model: nn.Module) -> tuple[dict[str, Tensor], Losses]:
+            losses = as_losses(trainer.compute_loss(model, batch))
+            return dict(losses.sums), losses
+
+        if self._spread.context is not None:
+            self._spread.context.begin(batch.extras[SEGMENTS])
+        with autocast(trainer.precision, trainer.device):
+            sums, losses = self.run_model(losses_of)
+        return dataclasses.replace(losses, sums=sums)
+
+    def _through_pipeline(
+        self, pipeline: Pipeline, batches: Sequence[Batch], expected: Mapping[str, float]
+    ) -> LossTotals:
+        trainer = self._trainer
+        num_rows = max(len(batch.input_ids_BT) for batch in batches)
+        width = max(batch.input_ids_BT.shape[1] for batch in batches)
+        moved = [batch.padded(num_rows, width).to(trainer.device) for batch in batches]
+        found = LossTotals(trainer.device)
+
+        def part_of(model: nn.Module, number: int) -> Tensor:
+            use_split_of(trainer.model, model)
+            twice = trainer.config.parallel.schedule == "zero_bubble"
+            with autocast(trainer.precision, trainer.device), kept_gradients(twice):
+                losses = as_losses(trainer.compute_loss(model, moved[number]))
+            part = found.add(losses, expected)
+            scaler = trainer.updates.scaler
+            return part if scaler is None else part * scaler.factor
+
+        trainer.clock.phase("forward")
+        self._run(pipeline, moved, part_of)
+        result: LossTotals = pipeline.from_last(found)
+        return result
+
+    def _run(
+        self, pipeline: Pipeline, batches: Sequence[Batch], part_of: Callable[[nn.Module, int], Tensor]
+    ) -> None:
+        model: Any = self._trainer.model
+        with autocast(self._trainer.precision, self._trainer.device):
+            pipeline.run(
+                [Inputs(batch.input_ids_BT, batch.position_ids_BT) for batch in batches],
+                part_of,
+                hidden_size=model.config.get_text_config().hidden_size,
+                dtype=next(model.parameters()).dtype,
+            )
