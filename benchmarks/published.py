@@ -5,8 +5,8 @@
 Nothing is fitted to a row. What differs from Hearth is stated as each report has it: what torchtitan and
 Megatron share, gather, recompute and overlap. What no report states is the same for all rows of a source, and
 written beside it here. Figures of torchtitan and Megatron-Bridge were read from their repositories; those of
-the three papers were written down from memory and are to be checked against them. Rates of matrix products,
-of attention and of memory are those of the planner.
+the papers were compared with what others copied from them, as named beside each. Rates of matrix products, of
+attention and of memory are those of the planner.
 """
 
 from __future__ import annotations
@@ -197,6 +197,7 @@ def bridge() -> list[Row]:
 def llama3() -> list[Row]:
     """Llama Team 2024, "The Llama 3 herd of models", table 4: 405B on H100 over RoCE; 16 M tokens a step.
 
+    Groups and speeds as G. Lockwood quotes them from Meta's talk at SC'24 (glennklockwood.com, llama-3.1).
     Stages of one layer, 8 in each process, as 126 layers, embedding and output over 16 processes give.
     """
     facts, found = llama(16384, 53248, 126, 128), []
@@ -221,6 +222,7 @@ def llama3() -> list[Row]:
 def korthikanti() -> list[Row]:
     """Korthikanti et al. 2022, table 5, "present work": A100, rows of 2,048, sequence parallelism, selective.
 
+    Times and groups as Calculon has them for its own validation (calculon-ai/calculon, llm/validation.py).
     Their selective recomputation runs the scores of attention again, which is what attention without
     FlashAttention costs in memory traffic; here attention is counted over whole rows. Nothing is overlapped.
     """
@@ -242,7 +244,9 @@ def korthikanti() -> list[Row]:
 def narayanan() -> list[Row]:
     """Narayanan et al. 2021, table 1: A100, rows of 2,048, everything recomputed; FLOPs by their equation 3.
 
-    The size of the micro-batch is not in the table: one row. Nothing is overlapped, no interleaving.
+    All columns as MLCarbon has them (SotaroKaneda/MLCarbon, data/megatron_table.csv). Neither the size of the
+    micro-batch nor the number of stages in each process is in the table: one row, and the fewest that make
+    their interleaved schedule. Nothing is overlapped.
     """
     found = []
     for name, hidden, layers, heads, tensor, pipeline, devices, batch, tflops in (
@@ -258,6 +262,11 @@ def narayanan() -> list[Row]:
         ("1008B, 3072", 25600, 128, 160, 8, 64, 3072, 3072, 163),
     ):
         layout = Layout(data=devices // tensor // pipeline, tensor=tensor, pipeline=pipeline)
+        plan = Plan(layout)
+        if pipeline > 1:
+            each = layers // pipeline
+            chunks = next(number for number in range(2, each + 1) if each % number == 0)
+            plan = Plan(layout, schedule="interleaved", chunks=chunks)
         flops = 96 * batch * 2048 * layers * hidden**2
         flops *= 1 + 2048 / (6 * hidden) + 51200 / (16 * layers * hidden)
         job = Job(2048, batch, 1, checkpointing="full", eager_attention=True, **_MEGATRON)
@@ -268,7 +277,7 @@ def narayanan() -> list[Row]:
                 name,
                 gpt(hidden, layers, heads),
                 job,
-                Plan(layout),
+                plan,
                 cluster,
                 tflops=tflops,
                 count=lambda _step, flops=flops: flops,  # type: ignore[misc]
