@@ -49,7 +49,7 @@ def test_values_entropies_and_gradients_are_those_of_log_softmax(temperature: fl
     hidden = torch.randn(150, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(VOCAB, 16, dtype=torch.float64, requires_grad=True)
     labels, factors = torch.randint(0, VOCAB, (150,)), torch.randn(150, dtype=torch.float64)
-    found, entropy = _LinearLogProbs.apply(hidden, weight, labels, torch.float64, temperature, True)
+    found, entropy = _LinearLogProbs.apply(hidden, weight, labels, torch.float64, temperature, True, None)
     (found * factors).sum().backward()
     got = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None

@@ -58,7 +58,7 @@ def _spread(model: nn.Module, world: World, section: ParallelSection, sequence_l
     layout = world.layout
     context = ContextParallel(model, world, sequence_length) if layout.context > 1 else None
     if layout.tensor > 1:
-        apply_tensor_parallel(model, world)
+        apply_tensor_parallel(model, world, section)
     # DDP takes neither weights that are cut nor stages; a mesh of which one dimension is 1 is how FSDP2
     # replicates.
     sharded = layout.shard > 1 or section.offload == "cpu"

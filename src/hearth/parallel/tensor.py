@@ -8,61 +8,25 @@ same in all processes, and so are the gradients of what is not cut, but for thos
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hearth.config.parallel import ParallelSection
 from hearth.errors import ConfigError
-from hearth.parallel.exchange import Group, add_up, copy_to, gather_last, split_last
+from hearth.parallel.blocks import find_blocks, norms_between, styles_within, wrap_blocks, wrap_layers
+from hearth.parallel.exchange import Bound, Group, add_up, copy_to, own_weights, scatter_sum
+from hearth.parallel.styles import STYLES, Style
+from hearth.parallel.vocabulary import cut_vocabulary
 from hearth.parallel.world import World
 
-Exchange = Callable[[Tensor, Group], Tensor]
 
-
-def _as_is(x: Tensor, group: Group) -> Tensor:  # noqa: ARG001
-    return x
-
-
-@dataclass(frozen=True)
-class Style:
-    """How one module is cut. ``dimension`` of its matrices, counted from the end; None cuts nothing."""
-
-    dimension: int | None = None
-    packed: bool = False  # two matrices in one, of which every process has a part of each
-    before: Exchange = _as_is
-    after: Exchange = _as_is
-    sum_gradients: bool = False  # of weights that every process has, but uses for its part alone
-
-    def placement(self, weight: Tensor) -> Placement | None:
-        """How a weight of this module is cut; None: every process has it all."""
-        if self.dimension is None or (weight.ndim == 1 and self.dimension == -1):
-            return None
-        dimension = weight.ndim - 1 if weight.ndim == 1 else weight.ndim + self.dimension
-        return _StridedShard(dimension, split_factor=2) if self.packed else Shard(dimension)
-
-
-STYLES: Mapping[str, Style] = {
-    "colwise": Style(-2, before=copy_to),
-    "rowwise": Style(-1, after=add_up),
-    "packed_colwise": Style(-2, packed=True, before=copy_to),
-    "packed_rowwise": Style(-1, packed=True, after=add_up),
-    "colwise_gather_output": Style(-2, before=copy_to, after=gather_last),
-    "rowwise_split_input": Style(-1, before=split_last, after=add_up),
-    "moe_tp_experts": Style(before=copy_to, after=add_up),
-    "replicated_with_grad_allreduce": Style(sum_gradients=True),
-    "replicate": Style(),
-}
-
-
-def apply_tensor_parallel(model: nn.Module, world: World) -> None:
-    """Cut a transformers model over the processes of ``tensor``. The output layer stays whole.
+def apply_tensor_parallel(model: nn.Module, world: World, section: ParallelSection) -> None:
+    """Cut a transformers model over the processes of ``tensor``.
 
     Raises ConfigError for a model without a plan, one whose plan has styles that are not known, and sizes
     that do not divide.
@@ -73,14 +37,31 @@ def apply_tensor_parallel(model: nn.Module, world: World) -> None:
     plan = _plan_of(model, base)
     _require_divisible(model, world.layout.tensor)
     modules = dict(base.named_modules())
+    styles: dict[str, Style] = {}
     for pattern, name in plan.items():
         matching = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
-        for path in (path for path in modules if matching.fullmatch(path)):
-            _cut_module(modules[path], STYLES[name], mesh)
+        styles |= {path: STYLES[name] for path in modules if matching.fullmatch(path)}
         for path, module in modules.items():
             for own in list(module._parameters):
                 if matching.fullmatch(f"{path}.{own}"):
                     _cut_weight(module, own, STYLES[name], mesh)
+    cut_vocabulary(model, mesh)
+    layers = _layers(base)
+    blocks = find_blocks(layers, styles)
+    styles = styles_within(blocks, styles, sequence=section.sequence)
+    if section.sequence:
+        styles |= dict.fromkeys(norms_between(layers), Style(sum_gradients=True))
+        wrap_layers(layers, section, mesh.get_group())
+    for path, style in styles.items():
+        _cut_module(modules[path], style, mesh)
+    wrap_blocks(blocks, mesh.get_group(), sequence=section.sequence)
+
+
+def _layers(base: nn.Module) -> dict[str, nn.Module]:
+    """The decoder layers of a model by their paths, in order."""
+    layers = getattr(base, "layers", None)
+    found = layers.named_children() if isinstance(layers, nn.ModuleList) else ()
+    return {f"layers.{name}": layer for name, layer in found}
 
 
 def _plan_of(model: nn.Module, base: Any) -> dict[str, str]:
@@ -128,31 +109,27 @@ def _cut_module(module: nn.Module, style: Style, mesh: Any) -> None:
     group = mesh.get_group()
     for name in list(module._parameters):
         _cut_weight(module, name, style, mesh)
-    module.forward = functools.partial(_with_own_part, module, module.forward, style, group)
+    module.forward = Bound(_with_own_part, module, style, group)
 
 
 def _with_own_part(
     module: nn.Module, forward: Callable[..., Any], style: Style, group: Group, x: Tensor, *others: Any
 ) -> Any:
     """``forward`` between the exchanges of a style, with the local parts of the weights."""
-    whole: dict[str, Any] = dict(module._parameters)
-    # A bias that every process has is added once, after the sum.
-    bias = whole.get("bias") if style.after is add_up else None
-    weights: Any = module._parameters
-    try:
-        for name, weight in whole.items():
-            if isinstance(weight, DTensor):
-                weights[name] = weight.to_local()
-            elif style.sum_gradients and weight is not None:
+    # A bias that every process has is added once, after the sum; where that is of its positions alone the
+    # bias has a part of its gradient there.
+    bias = module._parameters.get("bias") if style.after in (add_up, scatter_sum) else None
+    added = copy_to(bias, group) if bias is not None and style.after is scatter_sum else bias
+    with own_weights(module) as weights:
+        for name, weight in weights.items():
+            if style.sum_gradients and weight is not None:
                 weights[name] = copy_to(weight, group)
         if bias is not None:
             weights["bias"] = None
         # Weights of the experts (routing) are used in part, too.
         others = tuple(_exchanged(other, style, group) for other in others)
         found = style.after(forward(style.before(x, group), *others), group)
-    finally:
-        module._parameters.update(whole)
-    return found if bias is None else found + bias
+    return found if added is None else found + added
 
 
 def _exchanged(value: Any, style: Style, group: Group) -> Any:

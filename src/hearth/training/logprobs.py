@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hearth.parallel.vocabulary import Words, own_part
 from hearth.training.batches import IGNORE, Batch
 from hearth.training.loss import add_product, chunk_rows, split_head
 
@@ -31,43 +32,53 @@ class _LinearLogProbs(torch.autograd.Function):
         compute: torch.dtype,
         temperature: float,
         with_entropy: bool,
+        words: Words | None,
     ) -> tuple[Tensor, Tensor]:
         exact = torch.float64 if compute == torch.float64 else torch.float32
         hidden, weight = hidden_ND.to(compute), weight_VD.to(compute)
         num = hidden.shape[0]
         logp_N = torch.empty(num, dtype=exact, device=hidden.device)
         normaliser_N, entropy_N = torch.empty_like(logp_N), torch.zeros_like(logp_N)
-        chunk = chunk_rows(hidden.device, num, weight.shape[0])
+        chunk = chunk_rows(hidden.device, num, weight.shape[0] if words is None else words.most)
         for start in range(0, num, chunk):
             here = slice(start, start + chunk)
             scores = torch.mm(hidden[here], weight.T).to(exact)
             if temperature != 1.0:
                 scores /= temperature
-            normaliser_N[here] = scores.logsumexp(-1)
-            logp_N[here] = scores.gather(1, labels_N[here, None])[:, 0] - normaliser_N[here]
+            if words is None:
+                normaliser_N[here] = scores.logsumexp(-1)
+                logp_N[here] = scores.gather(1, labels_N[here, None])[:, 0] - normaliser_N[here]
+            else:
+                normaliser_N[here], logp_N[here] = words.normalised(scores, labels_N[here])
             if with_entropy:
                 probabilities = (scores - normaliser_N[here, None]).exp_()
-                entropy_N[here] = normaliser_N[here] - probabilities.mul_(scores).sum(-1)
+                mean = probabilities.mul_(scores).sum(-1)
+                entropy_N[here] = normaliser_N[here] - (mean if words is None else words.total(mean))
         ctx.save_for_backward(hidden_ND, weight_VD, labels_N, normaliser_N)
-        ctx.compute, ctx.temperature = compute, temperature
+        ctx.compute, ctx.temperature, ctx.words = compute, temperature, words
         ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, labels_N, normaliser_N = ctx.saved_tensors
+        words: Words | None = ctx.words
         grad_N = grads[0] / ctx.temperature
         hidden, weight = hidden_ND.to(ctx.compute), weight_VD.to(ctx.compute)
         need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=normaliser_N.dtype) if need_weight else None
-        chunk = chunk_rows(hidden.device, hidden.shape[0], weight.shape[0])
+        vocab = weight.shape[0] if words is None else words.most
+        chunk = chunk_rows(hidden.device, hidden.shape[0], vocab)
         for start in range(0, hidden.shape[0], chunk):
             here = slice(start, start + chunk)
             scores = torch.mm(hidden[here], weight.T).to(normaliser_N.dtype)
             scores.div_(ctx.temperature).sub_(normaliser_N[here, None]).exp_()
             scores.mul_(-grad_N[here, None])
-            scores.scatter_add_(1, labels_N[here, None], grad_N[here, None])
+            if words is None:
+                scores.scatter_add_(1, labels_N[here, None], grad_N[here, None])
+            else:
+                words.add_at(scores, labels_N[here], grad_N[here])
             slopes = scores.to(ctx.compute)
             if grad_hidden is not None:
                 grad_hidden[here] = slopes @ weight
@@ -75,7 +86,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 add_product(grad_weight, slopes, hidden[here])
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight_VD.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def token_logprobs(
@@ -100,7 +111,8 @@ def token_logprobs(
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     apply: Any = _LinearLogProbs.apply
     with torch.autocast(device, enabled=False):
-        found = apply(hidden_ND, weight, labels_N, compute, temperature, with_entropy)
+        hidden_ND, weight, words = own_part(hidden_ND, weight)
+        found = apply(hidden_ND, weight, labels_N, compute, temperature, with_entropy, words)
     return cast(tuple[Tensor, Tensor], found)
 
 

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hearth.parallel.vocabulary import Words, own_part
 from hearth.training.batches import IGNORE, Batch
+from hearth.training.clipping import local
 
 # Logits are made this many at a time: small enough for the CPU's cache, large enough for a GPU.
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
@@ -56,13 +58,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, compute: torch.dtype
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        compute: torch.dtype,
+        words: Words | None,
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         num, vocab = hidden_ND.shape[0], weight_VD.shape[0]
         exact = torch.float64 if compute == torch.float64 else torch.float32
         hidden, weight = hidden_ND.to(compute), weight_VD.to(compute)
-        part = chunk_rows(hidden.device, num, vocab)
+        # As many as the others: they meet at each part.
+        part = chunk_rows(hidden.device, num, vocab if words is None else words.most)
         # Many rows at once for the products, whose results are as large as the weight; few for the softmax,
         # which goes over its rows several times and stays in the cache.
         chunk = min(num, _PARTS_OF_A_CHUNK * part)
@@ -78,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for first in range(0, len(h), part):
                 rows = slice(first, first + part)
                 total += _cross_entropies(
-                    logits[rows], y[rows], exact_buffer, grad=need_hidden or need_weight
+                    logits[rows], y[rows], exact_buffer, words, grad=need_hidden or need_weight
                 )
             if grad_hidden is not None:
                 grad_hidden[start : start + chunk] = logits @ weight
@@ -89,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         assert ctx.gradients is not None, "the gradients of this loss were taken already"
         grad_hidden, grad_weight = ctx.gradients
         if ctx.kept:
@@ -100,13 +108,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for gradient in (grad_hidden, grad_weight):
                 if gradient is not None:
                     gradient.mul_(grads[0])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.weight_dtype), None, None
+        grad_weight = None if grad_weight is None else grad_weight.to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 
-def _cross_entropies(logits_PV: Tensor, labels_P: Tensor, buffer: Tensor, *, grad: bool) -> Tensor:
-    """Sum of the losses of P rows. With ``grad`` the logits become their own gradients."""
+def _cross_entropies(
+    logits_PV: Tensor, labels_P: Tensor, buffer: Tensor, words: Words | None, *, grad: bool
+) -> Tensor:
+    """Sum of the losses of P rows. With ``grad`` the logits become their own gradients.
+
+    ``words``: which words the logits are of, where other processes have the others.
+    """
     in_place = buffer.dtype == logits_PV.dtype
     scores = logits_PV if in_place else buffer[: len(logits_PV)].copy_(logits_PV)
+    if words is not None:
+        losses_P = words.cross_entropies(scores, labels_P, grad=grad)
+        if grad and not in_place:
+            logits_PV.copy_(scores)
+        return losses_P.sum()
     picked = scores.gather(1, labels_P[:, None])
     largest = scores.amax(-1, keepdim=True)
     scores.sub_(largest).exp_()
@@ -130,7 +149,10 @@ def add_product(grad_weight_VD: Tensor, logits_CV: Tensor, hidden_CD: Tensor) ->
 
 
 def linear_cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """Sum over N of the cross-entropy of hidden · weightᵀ; products in autocast's type where it is on."""
+    """Sum over N of the cross-entropy of hidden · weightᵀ; products in autocast's type where it is on.
+
+    ``weight_VD`` may be spread by words over a group of processes, all of which must ask.
+    """
     device = hidden_ND.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
     apply: Any = _LinearCrossEntropy.apply
@@ -139,7 +161,14 @@ def linear_cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Ten
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     # Inside, types are chosen by hand; autocast would convert the buffers behind our back.
     with torch.autocast(device, enabled=False):
-        return cast(Tensor, apply(hidden_ND, weight_VD, labels_N, compute))
+        hidden_ND, weight_VD, words = own_part(hidden_ND, weight_VD)
+        return cast(Tensor, apply(hidden_ND, weight_VD, labels_N, compute, words))
+
+
+def nothing_of(hidden_ND: Tensor, weight_VD: Tensor | None) -> Tensor:
+    """A loss of zero that depends on both: replicas wait for a gradient of every weight that trains."""
+    zero = hidden_ND.sum() * 0.0
+    return zero if weight_VD is None else zero + local(weight_VD).sum() * 0.0
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -158,10 +187,10 @@ def split_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
     return _heads[model]
 
 
-def use_split_of(whole: nn.Module, stage: nn.Module) -> None:
-    """What was found for a model holds for the last stage of a pipeline that was made of it."""
-    if stage not in _heads:
-        _heads[stage] = None if split_head(whole) is None else (unwrap(stage).base_model, _head_of(stage))
+def use_split_of(tried: nn.Module, model: nn.Module) -> None:
+    """What was found for a model holds for another of its kind: a stage of it, or one without weights yet."""
+    if model not in _heads:
+        _heads[model] = None if split_head(tried) is None else (unwrap(model).base_model, _head_of(model))
 
 
 def _head_of(model: nn.Module) -> nn.Linear:
@@ -214,7 +243,7 @@ def token_loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     hidden_BTD = decoder(**inputs).last_hidden_state
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     if num_valid == 0:
-        return hidden_ND.sum() * 0.0, 0
+        return nothing_of(hidden_ND, head.weight), 0
     if num_valid < labels_N.numel():
         index = valid_N.nonzero()[:, 0]
         hidden_ND, labels_N = hidden_ND.index_select(0, index), labels_N.index_select(0, index)

@@ -19,15 +19,15 @@ from hearth.config import Recipe
 from hearth.parallel.world import joined
 from hearth.training import Trainer
 
-LENGTH, VOCAB, ROWS = 24, 64, 64
+LENGTH, ROWS = 24, 64
 
 
-def make_rows() -> list[dict[str, Any]]:
+def make_rows(vocab_size: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(ROWS):
         cut = int(rng.integers(4, LENGTH - 4))
-        tokens = rng.integers(3, VOCAB, LENGTH + 1)
+        tokens = rng.integers(3, vocab_size, LENGTH + 1)
         labels = np.where(rng.random(LENGTH) < 0.8, tokens[1:], -100)
         labels[cut - 1] = -100
         rows.append(
@@ -51,7 +51,8 @@ def main() -> None:
     config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).double()
     with joined(recipe.parallel, torch.device("cpu")) as world:
-        trainer = Trainer(model=model, train_dataset=make_rows(), config=recipe, world=world, progress=False)
+        rows = make_rows(settings["model"]["vocab_size"])
+        trainer = Trainer(model=model, train_dataset=rows, config=recipe, world=world, progress=False)
         results = [trainer.train_step(step) for step in range(settings["steps"])]
         weights = {
             name: (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().clone()
