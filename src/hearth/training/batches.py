@@ -86,18 +86,6 @@ class Batch:
         sequences = None if self.sequences is None else self.sequences.to(device)
         return replace(self, **moved, extras=extras, sequences=sequences)
 
-    def filled(self, num_rows: int, *, counts: bool) -> Batch:
-        """With at least ``num_rows`` rows; what is added has no label, nor has any that does not count."""
-        missing = max(0, num_rows - len(self.input_ids_BT))
-        names = ("input_ids_BT", "labels_BT", "position_ids_BT", "segment_ids_BT")
-        rows: dict[str, Any] = {}
-        for name in names:
-            own: Tensor = getattr(self, name)
-            rows[name] = torch.cat([own, own[:1].expand(missing, -1)])
-        first_added = len(self.input_ids_BT) if counts else 0
-        rows["labels_BT"][first_added:] = IGNORE
-        return replace(self, **rows, num_valid=self.num_valid if counts else 0)
-
     def padded(self, num_rows: int, width: int) -> Batch:
         """With so many rows of so many positions; what is added is padding."""
         more_rows, more = num_rows - len(self.input_ids_BT), width - self.input_ids_BT.shape[1]

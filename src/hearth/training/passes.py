@@ -31,17 +31,17 @@ class Passes:
     """Forward and backward passes of a trainer's model. Of several processes all must do the same."""
 
     def __init__(self, trainer: Trainer, spread: Parallelized) -> None:
-        self._trainer, self._spread = trainer, spread
+        self._trainer, self.spread = trainer, spread
 
     def add_gradients(self, batches: Sequence[Batch], expected: Mapping[str, float]) -> LossTotals:
         """Add up the gradients of the loss of a step with these counts; the losses of this process."""
         trainer = self._trainer
-        if self._spread.pipeline is not None:
-            return self._through_pipeline(self._spread.pipeline, batches, expected)
+        if self.spread.pipeline is not None:
+            return self._through_pipeline(self.spread.pipeline, [(b, True) for b in batches], expected)
         found = LossTotals(trainer.device)
         for number, batch in enumerate(batches, 1):
-            assert self._spread.module is not None
-            synchronize_gradients(self._spread.module, trainer.config.parallel, last=number == len(batches))
+            assert self.spread.module is not None
+            synchronize_gradients(self.spread.module, trainer.config.parallel, last=number == len(batches))
             trainer.clock.phase("data")
             moved = batch.to(trainer.device)
             trainer.clock.phase("forward")
@@ -54,36 +54,36 @@ class Passes:
 
     def add_losses(self, batches: Iterable[tuple[Batch, bool]], found: LossTotals) -> None:
         """Add the losses of these batches to ``found``, but of those that do not count (False)."""
-        trainer, pipeline = self._trainer, self._spread.pipeline
+        trainer, pipeline = self._trainer, self.spread.pipeline
         if pipeline is None:
             for batch, counts in batches:
                 losses = self._losses(batch.to(trainer.device))
                 found.add(losses if counts else losses.nothing())
             return
         size = _ROUNDS * trainer.config.parallel.pipeline
-        filled = (batch.filled(trainer.micro_batch_size, counts=counts) for batch, counts in batches)
-        while group := list(itertools.islice(filled, size)):
-            group += [group[0].filled(0, counts=False)] * (-len(group) % trainer.config.parallel.pipeline)
+        given = iter(batches)
+        while group := list(itertools.islice(given, size)):
+            group += [(group[0][0], False)] * (-len(group) % trainer.config.parallel.pipeline)
             found.take(self._through_pipeline(pipeline, group, {}))
 
     def own_positions(self, batch: Batch) -> Batch:
         """What of a batch this process trains on, where positions are spread over processes."""
-        context = self._spread.context
+        context = self.spread.context
         return batch if context is None else batch.at(context.positions_Q)
 
     def run_model(self, function: Callable[..., Result], *inputs: Any) -> Result:
         """``function(model, *inputs)``."""
-        if self._spread.module is None:
+        if self.spread.module is None:
             raise ConfigError(
                 f"parallel.pipeline: {self._trainer.config.train.objective} needs all of the model at once",
                 fix="use parallel.shard and parallel.tensor",
             )
-        result: Result = self._spread.module(function, *inputs)
+        result: Result = self.spread.module(function, *inputs)
         return result
 
     def run_on(self, function: Callable[[nn.Module, Batch], Result], batch: Batch) -> Result:
         """``function(model, batch)`` without gradients, in a pipeline too; any picklable result."""
-        trainer, pipeline = self._trainer, self._spread.pipeline
+        trainer, pipeline = self._trainer, self.spread.pipeline
         with torch.no_grad(), autocast(trainer.precision, trainer.device):
             if pipeline is None:
                 return self.run_model(function, batch.to(trainer.device))
@@ -109,19 +109,20 @@ class Passes:
             losses = as_losses(trainer.compute_loss(model, batch))
             return dict(losses.sums), losses
 
-        if self._spread.context is not None:
-            self._spread.context.begin(batch.extras[SEGMENTS])
+        if self.spread.context is not None:
+            self.spread.context.begin(batch.extras[SEGMENTS])
         with autocast(trainer.precision, trainer.device):
             sums, losses = self.run_model(losses_of)
         return dataclasses.replace(losses, sums=sums)
 
     def _through_pipeline(
-        self, pipeline: Pipeline, batches: Sequence[Batch], expected: Mapping[str, float]
+        self, pipeline: Pipeline, batches: Sequence[tuple[Batch, bool]], expected: Mapping[str, float]
     ) -> LossTotals:
         trainer = self._trainer
-        num_rows = max(len(batch.input_ids_BT) for batch in batches)
-        width = max(batch.input_ids_BT.shape[1] for batch in batches)
-        moved = [batch.padded(num_rows, width).to(trainer.device) for batch in batches]
+        # What passes from stage to stage has one shape.
+        num_rows = max(len(batch.input_ids_BT) for batch, _ in batches)
+        width = max(batch.input_ids_BT.shape[1] for batch, _ in batches)
+        moved = [batch.padded(num_rows, width).to(trainer.device) for batch, _ in batches]
         found = LossTotals(trainer.device)
 
         def part_of(model: nn.Module, number: int) -> Tensor:
@@ -129,7 +130,7 @@ class Passes:
             twice = trainer.config.parallel.schedule == "zero_bubble"
             with autocast(trainer.precision, trainer.device), kept_gradients(twice):
                 losses = as_losses(trainer.compute_loss(model, moved[number]))
-            part = found.add(losses, expected)
+            part = found.add(losses if batches[number][1] else losses.nothing(), expected)
             scaler = trainer.updates.scaler
             return part if scaler is None else part * scaler.factor
 

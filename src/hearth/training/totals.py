@@ -60,9 +60,9 @@ class LossTotals:
             own = self._sums.get(unit, torch.zeros((), dtype=torch.float64, device=self._device))
             self._sums[unit] = own + total.to(self._device)
             self._counts[unit] = self._counts.get(unit, 0.0) + other._counts[unit]
-        for name, (total, count) in other._metrics.items():
+        for name, (value, count) in other._metrics.items():
             before = self._metrics.get(name, [0.0, 0.0])
-            self._metrics[name] = [before[0] + total, before[1] + count]
+            self._metrics[name] = [before[0] + value, before[1] + count]
 
     def reduce(self, world: World) -> None:
         """Add up over the processes that had other rows. All have the same units and metrics."""
