@@ -8,11 +8,9 @@ of the data and the learning rate are functions of the step.
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +22,7 @@ from torch import Tensor, nn
 from hearth.config.recipe import Recipe
 from hearth.errors import ConfigError, DataError, TrainingError
 from hearth.models import peak_flops
-from hearth.parallel.apply import Parallelized, parallelize
-from hearth.parallel.sharding import LossModule
+from hearth.parallel.apply import parallelize
 from hearth.parallel.world import World
 from hearth.training import rng
 from hearth.training.batches import Batch, fingerprint_of, row_at, step_rows
@@ -46,10 +43,11 @@ from hearth.training.optimizers.groups import resolve_settings
 from hearth.training.passes import Passes
 from hearth.training.performance import StepClock
 from hearth.training.plan import TrainingPlan, resolve_steps, too_long
-from hearth.training.precision import choose_device, choose_precision
+from hearth.training.precision import choose_device, choose_precision, compute_dtype
 from hearth.training.progress import TrainingProgress
 from hearth.training.samples import Sample
 from hearth.training.schedule import learning_rate_at
+from hearth.training.timing import median_step_seconds
 from hearth.training.totals import LossTotals, add_up
 from hearth.training.trackers import Tracking, make_trackers
 from hearth.training.updates import Updates
@@ -185,6 +183,7 @@ class Trainer:
             self.config.parallel,
             sequence_length=self._sequence_length(),
             source=None if in_parts is None else in_parts.source,
+            compute=compute_dtype(self.precision),
         )
         self.passes = Passes(self, spread)
         self.updates = Updates(self.model, section, precision=self.precision, settings=settings)
@@ -501,22 +500,8 @@ class Trainer:
         return peak_flops(self.device, torch.float32 if self.precision == "fp32" else torch.bfloat16)
 
     def measure_step_seconds(self, num_steps: int = 3) -> float:
-        """Median seconds of an optimizer step, after one to warm up. Runs on a copy; nothing here changes."""
-        trial = copy.copy(self)
-        trial.model = copy.deepcopy(self.model)
-        trial.passes = Passes(trial, Parallelized(LossModule(trial.model)))
-        if not self._objective_started:
-            trial.total_steps = num_steps + 1  # what an objective prepares for a run, it prepares for these
-        trial.updates = Updates(trial.model, self.config.train, precision=self.precision)
-        trial.optimizer = trial.updates.optimizer
-        trial.clock = StepClock(self.device)
-        before = rng.capture()
-        try:
-            steps = [step % trial.total_steps for step in range(num_steps + 1)]
-            seconds = [trial.train_step(step).seconds for step in steps]
-        finally:
-            rng.restore(*before)
-        return statistics.median(seconds[1:])
+        """Median seconds of an optimizer step, after one to warm up; nothing of them stays."""
+        return median_step_seconds(self, num_steps)
 
 
 def _require_equal_shares(config: Recipe, world: World) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hearth.errors import ConfigError
 from hearth.training.batches import Batch, Rows, as_rows, collate
 
 if TYPE_CHECKING:
@@ -74,6 +75,16 @@ class Objective:
 
     def check(self, dataset: Any) -> None:
         """Raise ConfigError when the data cannot serve the objective; called before anything is built."""
+
+    def refuse(self, why: str, *dimensions: str) -> None:
+        """Raise ConfigError where ``parallel`` has more than one process in one of these dimensions."""
+        for name in dimensions:
+            size = getattr(self.config.parallel, name)
+            if size > 1:
+                raise ConfigError(
+                    f"parallel.{name} is {size}, but {self.name} {why}",
+                    fix="use parallel.data, parallel.shard or parallel.tensor",
+                )
 
     def rows(self, dataset: Any, split: str) -> Rows | None:
         """The rows of a split that `batch_size` counts; None for None. Default: packed rows of tokens."""

@@ -28,7 +28,6 @@ from hearth.training.objectives.preference import (
     good_sequences,
     reference_batch_size,
 )
-from hearth.training.precision import autocast
 from hearth.training.reference import Table, evaluating
 from hearth.training.samples import Sample, collate_samples
 from hearth.training.shares import own_turns
@@ -153,11 +152,11 @@ class KTO(PreferenceObjective):
         total = torch.zeros((), dtype=torch.float64, device=trainer.device)
         size, num = trainer.micro_batch_size, len(indices)
         groups = [range(start, min(start + size, num)) for start in range(0, num, size)]
-        with evaluating(trainer.model), autocast(trainer.precision, trainer.device):
+        with evaluating(trainer.model):
             for positions, counts in own_turns(trainer.world, groups):
                 batch = self._mismatched(rows, indices, positions)
                 batch = reference.attach(batch, table, [first + each for each in positions])
-                ratios_S = trainer.run_model(log_ratios, batch.to(trainer.device))
+                ratios_S = trainer.passes.run_on(log_ratios, batch)
                 if counts:
                     total += ratios_S.sum()
         return (trainer.world.sum_over_batch(total) / num).clamp(min=0).cpu()

@@ -69,6 +69,7 @@ class PreferenceObjective(Objective):
 
     def check(self, dataset: Any) -> None:  # noqa: ARG002
         """Refuse settings that would have no effect, and a reference that cannot be."""
+        self.refuse("needs whole sequences", "context")
         reads = self.reads | {"sft_weight"} | ({"reference"} if self.has_reference else set())
         for key, field in PreferenceSection.model_fields.items():
             value = getattr(self.settings, key)

@@ -27,7 +27,6 @@ from hearth.training.batches import Batch, Rows, describe_row
 from hearth.training.logprobs import sequence_sums, token_logprobs
 from hearth.training.loss import unwrap
 from hearth.training.objectives.base import TOKENS, Losses, Objective
-from hearth.training.precision import autocast
 from hearth.training.reference import Reference, evaluating, frozen_reference
 from hearth.training.rollouts.answers import Answer
 from hearth.training.rollouts.batching import FIGURES, KeptRollouts, Rollouts, label_order
@@ -73,6 +72,8 @@ class ReinforceObjective(Objective):
 
     def check(self, dataset: Any) -> None:  # noqa: ARG002
         """Refuse settings without effect, unknown rewards, and answers that do not fit into a row."""
+        self.refuse("needs whole sequences", "context")
+        self.refuse("gives all weights to the engine that answers", "pipeline")
         reads = {*_COMMON, *self.reads}
         for key, field in ReinforceSection.model_fields.items():
             if key not in reads and getattr(self.settings, key) != field.default:
@@ -232,10 +233,10 @@ class ReinforceObjective(Objective):
         size, num = trainer.micro_batch_size, len(rollouts.rows)
         groups = [range(first, min(first + size, num)) for first in range(0, num, size)]
         own: list[tuple[range, dict[str, Tensor]]] = []
-        with evaluating(trainer.model), autocast(trainer.precision, trainer.device):
+        with evaluating(trainer.model):
             for places, counts in own_turns(trainer.world, groups):
                 batch = rollouts.batch(places)
-                measured = trainer.run_model(self.measure, batch.to(trainer.device))
+                measured = trainer.passes.run_on(self.measure, batch)
                 order_N = label_order(batch)
                 if counts:
                     own.append((places, {name: value_N.cpu()[order_N] for name, value_N in measured.items()}))

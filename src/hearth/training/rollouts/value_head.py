@@ -23,7 +23,7 @@ class ValueHead(nn.Module):
     def __init__(self, num_features: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_features, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.zeros((), dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))  # FSDP has no scalars
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """Values of hidden states, values_N."""
