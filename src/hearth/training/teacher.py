@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hearth.errors import ConfigError
 from hearth.models import load_model, load_tokenizer, resolve_reference
@@ -54,10 +55,10 @@ class Teacher:
 
 def scorer_of(model: nn.Module, batch: Batch, index_N: Tensor) -> Scorer:
     """Hidden states and output matrix of a model at positions of the flattened batch; logits where it
-    does more than multiply the two."""
+    does more than multiply the two, or where no process has the whole matrix."""
     inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT, "use_cache": False}
     split = split_head(model)
-    if split is None:
+    if split is None or isinstance(split[1].weight, DTensor):
         rows = model(**inputs).logits
         return Scorer(rows.reshape(-1, rows.shape[-1]).index_select(0, index_N), None)
     decoder, head = split

@@ -16,7 +16,7 @@ from hearth.config.objectives import DistillSection
 from hearth.errors import ConfigError
 from hearth.training.batches import IGNORE, Batch
 from hearth.training.divergence import Divergence, distilled_loss
-from hearth.training.loss import token_loss_sum
+from hearth.training.loss import nothing_of, token_loss_sum
 from hearth.training.objectives.base import TOKENS, Losses, Objective
 from hearth.training.teacher import Teacher, load_teacher, scorer_of
 from hearth.training.written import WrittenDataset, write_answers
@@ -56,6 +56,8 @@ class Distillation(Objective):
     def check(self, dataset: Any) -> None:
         """Refuse settings without effect, and a dataset that the teacher should have rewritten."""
         self._check_settings()
+        if not self.by_sequence:
+            self.refuse("lets its teacher read whole sequences", "context")
         if self.by_sequence and not isinstance(dataset, WrittenDataset):
             raise ConfigError(
                 "train.distill.mode is sequence, but these rows were not written by a teacher",
@@ -105,14 +107,15 @@ class Distillation(Objective):
         index_N = (labels_N != IGNORE).nonzero()[:, 0]
         num = len(index_N)
         student = scorer_of(model, batch, index_N)
-        if num == 0:
-            return Losses.of_tokens(student.rows_ND.sum() * 0.0, 0)
-        teacher = self.teacher.scorer(batch, index_N)
-        loss, sums = distilled_loss(student, teacher, labels_N.index_select(0, index_N), self._divergence)
         names = (
             self.settings.divergence if self.settings.divergence == "jsd" else "kl",
             "ce",
             "top1_agreement",
         )
+        if num == 0:
+            zero = nothing_of(student.rows_ND, student.weight_VD)
+            return Losses({TOKENS: zero}, {TOKENS: 0}, dict.fromkeys(names, (0.0, 0.0)))
+        teacher = self.teacher.scorer(batch, index_N)
+        loss, sums = distilled_loss(student, teacher, labels_N.index_select(0, index_N), self._divergence)
         metrics = {name: (value, float(num)) for name, value in zip(names, sums, strict=True)}
         return Losses({TOKENS: loss}, {TOKENS: num}, metrics)
