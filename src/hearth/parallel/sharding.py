@@ -51,8 +51,9 @@ def shard_weights(module: nn.Module, world: World, section: ParallelSection) -> 
     """ZeRO over the processes of ``shard``, replicated over those of ``data``.
 
     Stage 3 gathers the weights of a layer when it runs (Rajbhandari et al. 2020, "ZeRO", section 5); 2 keeps
-    them until the step ends; 1 adds up the gradients of all micro-batches before it shares them. The module's
-    weights become DTensors. Raises ConfigError for a model without layers.
+    them until the step ends; 1 adds up the gradients of all micro-batches before it shares them, with
+    ``reduce: bf16`` in bfloat16, as FSDP2 does. The module's weights become DTensors. Raises ConfigError for a
+    model without layers.
     """
     assert world.mesh is not None
     layers = decoder_layers(module)
@@ -120,6 +121,13 @@ def replicate(module: LossModule, world: World, section: ParallelSection) -> nn.
 
 
 def _reduce_by(wrapped: DistributedDataParallel, section: ParallelSection, group: Any) -> None:
+    """How gradients cross the wire.
+
+    PowerSGD (Vogels et al. 2019, algorithm 2): factors of rank 4 of each matrix, where they are less than half
+    as large; what they miss is added to the next step's gradients. Two steps are sent whole first. What is
+    missed and the factors that the next ones start from are in no checkpoint: a run that is resumed begins
+    with whole steps again, and does not go on bit for bit.
+    """
     if section.reduce == "powersgd":
         from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
@@ -129,7 +137,7 @@ def _reduce_by(wrapped: DistributedDataParallel, section: ParallelSection, group
         wrapped.register_comm_hook(
             state,
             lambda state, bucket: powerSGD_hook.powerSGD_hook(state, bucket).then(
-                lambda done: done.value()[0].mul_(size)
+                lambda done: done.value().mul_(size)
             ),
         )
         return
