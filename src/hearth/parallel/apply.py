@@ -37,13 +37,15 @@ def parallelize(
     *,
     sequence_length: int,
     source: Source | None = None,
+    compute: torch.dtype | None = None,
 ) -> Parallelized:
     """Spread ``model``. It stays what it is, with the names of its weights, which may become DTensors.
 
     Build the optimizer afterwards. ``source``: of a model on the meta device, where its weights come from;
-    each process takes its part of them. Raises ConfigError for what cannot be combined or does not divide.
+    each process takes its part of them. ``compute``: the type of autocast, in which weights of layers then
+    travel to where they are used. Raises ConfigError for what cannot be combined or does not divide.
     """
-    spread = _spread(model, world, section, sequence_length)
+    spread = _spread(model, world, section, sequence_length, compute)
     if source is not None:
         stages = [] if spread.pipeline is None else spread.pipeline.stages
         device = torch.device("cpu") if section.offload == "cpu" else world.device
@@ -54,7 +56,13 @@ def parallelize(
     return spread
 
 
-def _spread(model: nn.Module, world: World, section: ParallelSection, sequence_length: int) -> Parallelized:
+def _spread(
+    model: nn.Module,
+    world: World,
+    section: ParallelSection,
+    sequence_length: int,
+    compute: torch.dtype | None,
+) -> Parallelized:
     layout = world.layout
     context = ContextParallel(model, world, sequence_length) if layout.context > 1 else None
     if layout.tensor > 1:
@@ -67,11 +75,11 @@ def _spread(model: nn.Module, world: World, section: ParallelSection, sequence_l
     if layout.pipeline > 1:
         stages = make_stages(model, world, section)
         for stage in stages if sharded else ():
-            shard_weights(stage, world, section)
+            shard_weights(stage, world, section, compute)
         return Parallelized(None, Pipeline(stages, world, section), context)
     module = LossModule(model)
     if sharded:
-        shard_weights(module, world, section)
+        shard_weights(module, world, section, compute)
     elif layout.data * layout.context > 1:
         return Parallelized(replicate(module, world, section), context=context)
     return Parallelized(module, context=context)

@@ -47,7 +47,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def shard_weights(module: nn.Module, world: World, section: ParallelSection) -> None:
+def shard_weights(
+    module: nn.Module, world: World, section: ParallelSection, compute: torch.dtype | None = None
+) -> None:
     """ZeRO over the processes of ``shard``, replicated over those of ``data``.
 
     Stage 3 gathers the weights of a layer when it runs (Rajbhandari et al. 2020, "ZeRO", section 5); 2 keeps
@@ -62,7 +64,10 @@ def shard_weights(module: nn.Module, world: World, section: ParallelSection) -> 
             f"parallel.shard {section.shard}: this model has no decoder layers to share",
             fix="use a model of transformers, or shard: 1",
         )
-    exact = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if section.reduce == "bf16" else None)
+    # What autocast would make of a layer's weights is what is sent; gradients are added up in full.
+    wire = torch.bfloat16 if section.reduce == "bf16" else None if compute is None else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=wire, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(reduce_dtype=wire)
     settings: dict[str, Any] = {
         "mesh": world.sharding_mesh(),
         "reshard_after_forward": section.zero == 3,
@@ -74,7 +79,8 @@ def shard_weights(module: nn.Module, world: World, section: ParallelSection) -> 
         # Those of other groups have the same experts; within the group everyone has his own.
         fully_shard(experts, **{**settings, "mesh": world.expert_mesh["replica"]})
     for layer in layers:
-        fully_shard(layer, **settings)
+        # Autocast knows nothing of the products of experts.
+        fully_shard(layer, **{**settings, "mp_policy": exact if _has_experts(layer) else policy})
     fully_shard(module, **{**settings, "reshard_after_forward": False})
     for part in module.modules():
         if isinstance(part, FSDPModule):

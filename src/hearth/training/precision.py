@@ -67,6 +67,11 @@ def why_no_fp8(device: torch.device) -> str | None:
     return None
 
 
+def compute_dtype(precision: str) -> torch.dtype | None:
+    """The type in which autocast multiplies; None where it is the model's own, or changes within a layer."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bf16, fp16: weights stay float32, products are computed in that type. fp32: all in the model's type.
 
