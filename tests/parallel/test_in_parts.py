@@ -75,12 +75,11 @@ def test_new_weights(launch: Any, tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [False, True])
-@pytest.mark.parametrize("name", ["fsdp2", "tp2-packed", "fsdp2-pp2"])
+@pytest.mark.parametrize(
+    ("name", "adapter"), [("fsdp2", False), ("fsdp2", True), ("tp2-packed", False), ("fsdp2-pp2", False)]
+)
 def test_saved_weights(launch: Any, tmp_path: Path, name: str, adapter: bool) -> None:
     config, num, parallel = ROWS[name]
-    if (adapter and "shard" not in parallel) or (adapter and "pipeline" in parallel):
-        pytest.skip("adapters are not cut")
     base = tmp_path / "base"
     build_model(ModelSection(config=config), vocab_size=64, seed=1).save_pretrained(
         base, max_shard_size="20KB"
@@ -89,3 +88,31 @@ def test_saved_weights(launch: Any, tmp_path: Path, name: str, adapter: bool) ->
     expected = built(launch, tmp_path, 1, recipe=model, in_parts=False, adapter=adapter)
     recipe = {**model, "parallel": parallel}
     assert_same(built(launch, tmp_path, num, recipe=recipe, in_parts=True, adapter=adapter), expected)
+
+
+def memory_of(launch: Any, tmp_path: Path, num: int, **settings: Any) -> tuple[int, int]:
+    """The most that a process needed, and what the weights take."""
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(settings))
+    text = launch("peak", num, [str(file)])[0]
+    (line,) = [line for line in text.splitlines() if line.startswith("RESULT")]
+    found = json.loads(line.removeprefix("RESULT"))
+    return max(found["took"]), found["weights"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("from_files", [False, True])
+def test_no_process_has_memory_for_all(launch: Any, tmp_path: Path, from_files: bool) -> None:
+    large = {**QWEN3, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24}
+    model: dict[str, Any] = {"config": large}
+    if from_files:
+        # In half precision, as most are: the same type would be mapped, not read.
+        build_model(ModelSection(config=large), vocab_size=64).bfloat16().save_pretrained(tmp_path / "base")
+        model = {"base": str(tmp_path / "base")}
+    recipe = {"model": model, "parallel": {"shard": 2}}
+    whole, weights = memory_of(launch, tmp_path, 2, recipe=recipe, in_parts=False)
+    parts, _ = memory_of(launch, tmp_path, 2, recipe=recipe, in_parts=True)
+    assert weights > 300e6
+    assert whole > 0.9 * weights
+    # Half of it, a layer, and what the allocator keeps.
+    assert parts < 0.7 * weights
