@@ -15,7 +15,8 @@ A message says what went wrong, naming the key or file and the value; ``fix`` sa
     ├── IntegrityError                 bytes that do not match their recorded hash
     ├── StorageError (OSError)         the disk or object store failed: full, read-only, gone
     ├── TrainingError                  training cannot go on
-    │   └── NonFiniteError             a loss or gradient is NaN or infinite
+    │   ├── NonFiniteError             a loss or gradient is NaN or infinite
+    │   └── LostProcessError           another process of the job is gone or silent
     ├── EngineError                    the inference engine failed
     │   └── EngineDeadError            the engine process is gone or stuck
     ├── ServingError                   a server could not start or a worker failed
@@ -114,6 +115,10 @@ class TrainingError(HearthError):
 
 class NonFiniteError(TrainingError):
     """A loss or a gradient is NaN or infinite; raised before the optimizer step."""
+
+
+class LostProcessError(TrainingError):
+    """Another process of a job is gone, or did not answer in time; this one can only end."""
 
 
 class EngineError(HearthError):

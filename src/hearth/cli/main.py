@@ -12,7 +12,7 @@ import traceback
 
 import click
 
-from hearth.errors import HearthError
+from hearth.errors import HearthError, LostProcessError
 from hearth.threads import limit_spinning
 from hearth.version import __version__
 
@@ -82,6 +82,8 @@ def main(args: list[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         click.echo(f"error: {error}", err=True)
+        if isinstance(error, LostProcessError):
+            _end_at_once(error.exit_code)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of a pipe went away (`hearth runs list | head`): nothing is wrong on our side.
@@ -94,6 +96,13 @@ def main(args: list[str] | None = None) -> None:
         where = f"{error.filename}: " if error.filename else ""
         click.echo(f"error: {where}{error.strerror or error}", err=True)
         sys.exit(1)
+
+
+def _end_at_once(code: int) -> None:
+    """End without the destructors of groups and threads, which would wait for a process that is lost."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hearth.config.parallel import ParallelSection
-from hearth.errors import ConfigError, TrainingError
+from hearth.errors import ConfigError, LostProcessError, TrainingError
 from hearth.parallel.layout import DIMENSIONS, Layout
 
 if TYPE_CHECKING:
@@ -187,19 +187,19 @@ class World:
 
     @contextlib.contextmanager
     def missed(self, during: Callable[[], str], *, fix: str | None = None) -> Iterator[None]:
-        """Within, a process that is gone or does not answer is a TrainingError that says ``during`` what."""
+        """Within, a process that is gone or silent is a LostProcessError that says ``during`` what."""
         try:
             yield
         except RuntimeError as error:
-            if not is_loss(error):
+            if not _is_loss(error):
                 raise
-            raise TrainingError(
+            raise LostProcessError(
                 f"rank {self.rank} of {self.size} lost a process in {during()}: {_first_line(error)}",
                 fix=fix or "look at what the process that ended first says; those that waited end like this",
             ) from error
 
 
-def is_loss(error: BaseException) -> bool:
+def _is_loss(error: BaseException) -> bool:
     """Whether this is how torch.distributed says that another process is gone or silent."""
     if isinstance(error, dist.DistError):
         return True
@@ -208,7 +208,8 @@ def is_loss(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return text.split("] ", 1)[-1]  # without the line of its source
+    # Without the line of its source, and guesses.
+    return text.split("] ", 1)[-1].split(". This is typically", 1)[0]
 
 
 def is_launched() -> bool:
@@ -221,7 +222,8 @@ def joined(section: ParallelSection, device: torch.device) -> Iterator[World]:
     """Join the processes that were started together, and leave them at the end.
 
     Raises ConfigError when the layout does not fit their number or torchrun's variables are incomplete, and
-    TrainingError when the others do not come within ``section.timeout`` seconds, or are lost on the way.
+    TrainingError when the others do not come within ``section.timeout`` seconds. One that is lost on the way
+    is a LostProcessError; then the groups are left as they are, and all that this process can do is end.
     """
     if not is_launched():
         layout = Layout.of(section, 1)
@@ -242,8 +244,12 @@ def joined(section: ParallelSection, device: torch.device) -> Iterator[World]:
         )
         with world.missed(lambda: "preparing or ending the run"):
             yield world
-    finally:
+    except LostProcessError:
+        raise  # the groups still wait for what is lost, and would wait in their destructors
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _place() -> tuple[int, int]:

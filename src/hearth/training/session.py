@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from hearth.config import recipe_hash, to_dict, to_yaml
-from hearth.errors import ConfigError, HearthError, Interrupted
+from hearth.errors import ConfigError, HearthError, Interrupted, LostProcessError
 from hearth.parallel.health.heartbeat import Heartbeat
-from hearth.parallel.world import is_loss
 from hearth.training import rng
 from hearth.training.checkpoint import CheckpointSaver, CheckpointStore, Saved
 from hearth.training.checkpoint.export import write_skeleton
@@ -210,9 +209,9 @@ class Session:
             self.observers.callbacks.raise_error()
 
     def _announce(self, run: Run) -> None:
+        plan = self.trainer.plan()  # by all: it may have to find out the size of micro-batches
         if not self.trainer.world.is_main:
             return
-        plan = self.trainer.plan()
         start = f"going on from step {self.trainer.state.step}, " if self.trainer.state.step else ""
         self.progress.say(
             f"run {run.id}: {start}{plan.num_parameters / 1e6:.2f} M parameters"
@@ -375,7 +374,7 @@ class Session:
 
     def _settle(self, error: BaseException) -> None:
         """End with the save under way: wait for it, except where somebody wants to stop at once."""
-        if error.__cause__ is not None and is_loss(error.__cause__):
+        if isinstance(error, LostProcessError):
             return  # a save that all write would wait for the one that is lost
         if isinstance(error, KeyboardInterrupt):
             self.saver.cancel()
