@@ -54,8 +54,8 @@ def shard_weights(
 
     Stage 3 gathers the weights of a layer when it runs (Rajbhandari et al. 2020, "ZeRO", section 5); 2 keeps
     them until the step ends; 1 adds up the gradients of all micro-batches before it shares them, with
-    ``reduce: bf16`` in bfloat16, as FSDP2 does. The module's weights become DTensors. Raises ConfigError for a
-    model without layers.
+    ``reduce: bf16`` in bfloat16, as FSDP2 does. The module's weights become DTensors. Raises ConfigError for
+    a model without layers.
     """
     assert world.mesh is not None
     layers = decoder_layers(module)
@@ -129,9 +129,9 @@ def replicate(module: LossModule, world: World, section: ParallelSection) -> nn.
 def _reduce_by(wrapped: DistributedDataParallel, section: ParallelSection, group: Any) -> None:
     """How gradients cross the wire.
 
-    PowerSGD (Vogels et al. 2019, algorithm 2): factors of rank 4 of each matrix, where they are less than half
-    as large; what they miss is added to the next step's gradients. Two steps are sent whole first. What is
-    missed and the factors that the next ones start from are in no checkpoint: a run that is resumed begins
+    PowerSGD (Vogels et al. 2019, algorithm 2): factors of rank 4 of each matrix, where they are less than
+    half as large; what they miss is added to the next step's gradients. Two steps are sent whole first. What
+    is missed and the factors that the next ones start from are in no checkpoint: a run that is resumed begins
     with whole steps again, and does not go on bit for bit.
     """
     if section.reduce == "powersgd":
@@ -139,13 +139,16 @@ def _reduce_by(wrapped: DistributedDataParallel, section: ParallelSection, group
 
         state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=4, start_powerSGD_iter=2)
         size = dist.get_world_size(group)
-        # torch's hook averages.
-        wrapped.register_comm_hook(
-            state,
-            lambda state, bucket: powerSGD_hook.powerSGD_hook(state, bucket).then(
-                lambda done: done.value().mul_(size)
-            ),
-        )
+
+        def add_up_factors(state: Any, bucket: Any) -> Any:
+            future = powerSGD_hook.powerSGD_hook(state, bucket)
+            if not bucket.buffer().is_cuda:
+                # With gloo another thread begins a bucket's second exchange when its first one is done: in one
+                # process before the first one of the next bucket, in another after it.
+                future.wait()
+            return future.then(lambda done: done.value().mul_(size))  # torch's hook averages
+
+        wrapped.register_comm_hook(state, add_up_factors)
         return
     wire = torch.bfloat16 if section.reduce == "bf16" else None
     wrapped.register_comm_hook(None, lambda _, bucket: _add_up(bucket.buffer(), wire, group))
