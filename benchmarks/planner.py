@@ -1,33 +1,38 @@
 """The planner's error: what `hearth plan` predicts beside what training really takes, on this machine.
 
-    python benchmarks/planner.py                # all configurations, one process each: 10 minutes on 2 cores
+    python benchmarks/planner.py                # all configurations: 11 minutes on 2 cores
     python benchmarks/planner.py --only 0,3     # some of them, by number
-    python benchmarks/planner.py --quick        # two small ones: a minute
+    python benchmarks/planner.py --quick        # three small ones: a minute
 
-Each configuration trains in a process of its own: optimizer steps of the real trainer on rows of random
-tokens, two documents in each. *tensors* is the peak of the bytes of all tensors of a step, weights and
-optimizer state included, counted at every operator; *process* is how much the process grew from before the
-model was built to its peak, as the system reports it, with what kernels and the allocator keep. The C library
-is told to give large pieces back at once (MALLOC_MMAP_THRESHOLD_, unless the environment has its own); as it
-comes it keeps up to half as much again in a heap full of holes. The time of a step is the median over the
-steps but the first. The rates that predict it are measured in the same process, before training.
+Each configuration trains in a process of its own, or in two: optimizer steps of the real trainer on rows of
+random tokens, two documents in each. *tensors* is the peak of the bytes of all tensors of a step, weights and
+optimizer state included, counted at every operator (of one process: FSDP2 takes and gives back memory behind
+the operators' backs); *process* is how much the process grew from before the model was built to its peak, as
+the system reports it, with what kernels and the allocator keep; of two processes the fuller one. The C
+library is told to give large pieces back at once (MALLOC_MMAP_THRESHOLD_, unless the environment has its
+own); as it comes it keeps up to half as much again in a heap full of holes. The time of a step is the median
+over the steps but the first. The rates that predict it are measured in the same processes, before training.
+Two processes have a thread each, one process has ``--threads``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import resource
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common import hardware, write_result
+from spread.launch import WorkersFailed, run_together
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,15 @@ class Case:
     ema: float = 0.0
     packed: bool = True
     experts: bool = False
+    parallel: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def processes(self) -> int:
+        """How many train together."""
+        return math.prod(value for key, value in self.parallel.items() if key in DIMENSIONS)
 
 
+DIMENSIONS = ("data", "shard", "tensor", "pipeline", "context")
 CASES = [
     Case("base", "5M", 4096, 256, 8, 4),
     Case("long rows", "5M", 4096, 1024, 4, 2),
@@ -66,12 +78,21 @@ CASES = [
     Case("llama, one document a row", "20M", 8192, 512, 8, 4, architecture="llama", packed=False),
     Case("50M, full", "50M", 16384, 512, 4, 2, checkpointing="full"),
     Case("mixture of experts", "5M", 4096, 256, 4, 2, experts=True),
+    Case("ddp 2", "20M", 8192, 256, 8, 2, parallel={"data": 2}),
+    Case("fsdp 2", "20M", 8192, 256, 8, 2, parallel={"shard": 2}),
+    Case("zero1 2", "20M", 8192, 256, 8, 2, parallel={"shard": 2, "zero": 1}),
+    Case("tensor 2", "20M", 8192, 256, 4, 2, parallel={"tensor": 2}),
+    Case("pipeline 2", "20M", 8192, 256, 8, 2, parallel={"pipeline": 2}),
+    Case("context 2", "20M", 8192, 512, 4, 2, parallel={"context": 2}),
 ]
 QUICK = [
     Case("quick", "1M", 1024, 128, 4, 2),
     Case("quick, full", "1M", 1024, 128, 4, 2, checkpointing="full", optimizer="lion"),
+    Case("quick, fsdp", "1M", 1024, 128, 4, 2, parallel={"shard": 2}),
 ]
-STEPS = 5
+STEPS = 4
+TIMEOUT = 600.0
+FIGURES = ("tensors", "process", "seconds")
 
 
 def configuration(case: Case) -> Any:
@@ -81,7 +102,10 @@ def configuration(case: Case) -> Any:
     from hearth.models.sizes import config_for_size
 
     if not case.experts:
-        return config_for_size(case.size, case.architecture, case.vocab, case.length)
+        config = config_for_size(case.size, case.architecture, case.vocab, case.length)
+        # A pipeline takes no output layer that is the embedding.
+        config.tie_word_embeddings = config.tie_word_embeddings and case.parallel.get("pipeline", 1) == 1
+        return config
     return AutoConfig.for_model(
         "qwen3_moe",
         vocab_size=case.vocab,
@@ -118,6 +142,7 @@ def recipe(case: Case) -> Any:
                 "learning_rate": 1e-4,
             },
             "track": {"system_metrics_every": 0},
+            "parallel": case.parallel,
         }
     )
 
@@ -152,65 +177,95 @@ def resident_bytes() -> int:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Train, in this process; what it took, and what the planner says of it."""
+    """Train, in this process and those that were started with it; what it took, and what the planner says."""
     import torch
 
     from hearth.models.building import model_from_config
+    from hearth.parallel.world import joined
+    from hearth.training import Trainer
+    from hearth.training.precision import choose_precision
+
+    config, settings = configuration(case), recipe(case)
+    precision = choose_precision(case.precision, "cpu")
+    with joined(settings.parallel, torch.device("cpu")) as world:
+        predicted = predict(case, config, settings, precision)
+        with contextlib.suppress(OSError):  # forget the peak of measuring rates
+            Path("/proc/self/clear_refs").write_text("5")
+        before = resident_bytes()
+        model = model_from_config(config, seed=0)
+        rows = rows_of(case)
+        trainer = Trainer(model=model, train_dataset=rows, config=settings, world=world, progress=False)
+        world.from_main(None)  # all begin at once
+        seconds = [trainer.train_step(index).seconds for index in range(STEPS + 1)]
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        measured = {
+            "process": max(world.gather(grown)),
+            "seconds": statistics.median(seconds[1:]),
+        }
+        if case.processes == 1:
+            measured["tensors"] = tensor_bytes(trainer)
+    return {
+        "case": asdict(case),
+        "precision": precision,
+        "processes": case.processes,
+        "predicted": predicted,
+        "measured": measured,
+    }
+
+
+def predict(case: Case, config: Any, settings: Any, precision: Any) -> dict[str, Any]:
+    """Memory of the fullest process and the time of a step, at the rates that this process measures now."""
     from hearth.parallel.planner.calibration import measure_cpu
     from hearth.parallel.planner.facts import facts_of_config
     from hearth.parallel.planner.job import job_of_recipe
     from hearth.parallel.planner.memory import Plan, memory_of
     from hearth.parallel.planner.step import step_time
-    from hearth.training import Trainer
-    from hearth.training.peak_memory import peak_bytes
-    from hearth.training.precision import choose_precision
 
-    config, settings = configuration(case), recipe(case)
-    precision: Any = choose_precision(case.precision, "cpu")
     facts = facts_of_config(config)
-    tokens = case.micro * case.length
-    cluster = measure_cpu(1, facts, tokens=tokens, length=case.length, precision=precision)
+    cluster = measure_cpu(
+        case.processes, facts, tokens=case.micro * case.length, length=case.length, precision=precision
+    )
     job = job_of_recipe(settings, precision=precision, device="cpu")
-    predicted = memory_of(facts, job, Plan.of(settings.parallel, 1), device="cpu")
-    step = step_time(facts, job, Plan.of(settings.parallel, 1), cluster)
-    before = resident_bytes()
-    model = model_from_config(config, seed=0)
-    trainer = Trainer(model=model, train_dataset=rows_of(case), config=settings, progress=False)
-    seconds = [trainer.train_step(index).seconds for index in range(STEPS + 1)]
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
-    kept = [*model.parameters(), *model.buffers(), *(v for v in states if isinstance(v, torch.Tensor))]
-    if trainer.updates.average is not None:
-        kept += list(trainer.updates.average.state_tensors().values())
-    live = peak_bytes(lambda: trainer.train_step(STEPS + 1), torch.device("cpu"))
+    plan = Plan.of(settings.parallel, case.processes)
+    memory = memory_of(facts, job, plan, device="cpu")
     return {
-        "case": asdict(case),
-        "precision": precision,
         "parameters": facts.num_parameters,
-        "predicted": {
-            "tensors": predicted.tensors,
-            "process": predicted.total,
-            "seconds": step.seconds,
-            "parts": predicted.parts(),
-        },
-        "measured": {
-            "tensors": sum(tensor.nbytes for tensor in kept) + live,
-            "process": grown,
-            "seconds": statistics.median(seconds[1:]),
-        },
+        "tensors": memory.tensors,
+        "process": memory.total,
+        "seconds": step_time(facts, job, plan, cluster).seconds,
+        "parts": memory.parts(),
     }
 
 
+def tensor_bytes(trainer: Any) -> int:
+    """The peak of all tensors of a step, with what stays from step to step."""
+    import torch
+
+    from hearth.training.peak_memory import peak_bytes
+
+    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    kept = [*trainer.model.parameters(), *trainer.model.buffers()]
+    kept += [value for value in states if isinstance(value, torch.Tensor)]
+    if trainer.updates.average is not None:
+        kept += list(trainer.updates.average.state_tensors().values())
+    live = peak_bytes(lambda: trainer.train_step(STEPS + 1), torch.device("cpu"))
+    return sum(tensor.nbytes for tensor in kept) + live
+
+
 def run_case(case: Case, threads: int) -> dict[str, Any]:
-    """Measure a case in a process of its own."""
+    """Measure a case in processes of its own."""
     command = [sys.executable, __file__, "--worker", json.dumps(asdict(case))]
     # Otherwise the C library keeps freed activations in a heap full of holes: up to half as much again.
-    heap = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
-    environment = {**heap, **os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"{case.name} failed:\n{done.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    heap = {"MALLOC_MMAP_THRESHOLD_": os.environ.get("MALLOC_MMAP_THRESHOLD_", str(1 << 17))}
+    variables = {**heap, "OMP_NUM_THREADS": str(threads if case.processes == 1 else 1)}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            printed = run_together(
+                command, case.processes, Path(folder), variables=variables, seconds=TIMEOUT
+            )
+        except WorkersFailed as failed:
+            raise SystemExit(f"{case.name}: {failed}") from None
+    found: dict[str, Any] = json.loads(printed[0].splitlines()[-1])
     return found
 
 
@@ -223,27 +278,39 @@ def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table of all cases, and the medians."""
     mib = 1 << 20
     lines = [
-        "| configuration | parameters | tensors predicted, MiB | measured | error | process predicted, MiB "
-        "| measured | error | step predicted, s | measured | error |",
-        "|---" * 11 + "|",
+        "| configuration | processes | parameters | tensors predicted, MiB | measured | error "
+        "| process predicted, MiB | measured | error | step predicted, s | measured | error |",
+        "|---" * 12 + "|",
     ]
     for result in results:
         said, found = result["predicted"], result["measured"]
-        cells = [result["case"]["name"], f"{result['parameters'] / 1e6:.1f} M"]
-        for what in ("tensors", "process", "seconds"):
-            shown = (said[what], found[what])
-            cells += [f"{value:.2f}" if what == "seconds" else f"{value / mib:.0f}" for value in shown]
-            cells.append(f"{error(result, what):+.1%}")
+        cells = [result["case"]["name"], str(result["processes"]), f"{said['parameters'] / 1e6:.1f} M"]
+        for what in FIGURES:
+            unit = 1.0 if what == "seconds" else mib
+            shown = [said[what], found[what]] if what in found else []
+            cells += [f"{value / unit:.{2 if what == 'seconds' else 0}f}" for value in shown] or ["-", "-"]
+            cells.append(f"{error(result, what):+.1%}" if what in found else "-")
         lines.append(f"| {' | '.join(cells)} |")
-    medians = {
-        what: statistics.median(abs(error(result, what)) for result in results)
-        for what in ("tensors", "process", "seconds")
-    }
-    lines.append(
-        f"\nmedian error: tensors {medians['tensors']:.1%}, process {medians['process']:.1%}, "
-        f"seconds {medians['seconds']:.1%}"
-    )
+    lines.append("")
+    for text, some in (
+        ("all", results),
+        ("one process", [each for each in results if each["processes"] == 1]),
+        ("several processes", [each for each in results if each["processes"] > 1]),
+    ):
+        found = {name: f"{value:.1%}" for name, value in medians(some).items()}
+        if found:
+            lines.append(
+                f"median error, {text}: " + ", ".join(f"{name} {value}" for name, value in found.items())
+            )
     return "\n".join(lines)
+
+
+def medians(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the errors' sizes, by figure."""
+    errors = {
+        what: [abs(error(each, what)) for each in results if what in each["measured"]] for what in FIGURES
+    }
+    return {what: statistics.median(values) for what, values in errors.items() if values}
 
 
 def main() -> None:
@@ -252,7 +319,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", help="numbers of configurations, with commas")
-    parser.add_argument("--quick", action="store_true", help="two small configurations")
+    parser.add_argument("--quick", action="store_true", help="three small configurations")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -271,7 +338,10 @@ def main() -> None:
     print(table(results))
     name = "planner-quick" if arguments.quick else "planner"
     path = write_result(
-        name, results, settings={"threads": arguments.threads, "steps": STEPS}, machine=machine
+        name,
+        {"configurations": results, "median errors": medians(results)},
+        settings={"threads": arguments.threads, "steps": STEPS},
+        machine=machine,
     )
     print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
