@@ -143,8 +143,8 @@ def _reduce_by(wrapped: DistributedDataParallel, section: ParallelSection, group
         def add_up_factors(state: Any, bucket: Any) -> Any:
             future = powerSGD_hook.powerSGD_hook(state, bucket)
             if not bucket.buffer().is_cuda:
-                # With gloo another thread begins a bucket's second exchange when its first one is done: in one
-                # process before the first one of the next bucket, in another after it.
+                # With gloo another thread begins a bucket's second exchange when its first one is done: in
+                # one process before the first one of the next bucket, in another after it.
                 future.wait()
             return future.then(lambda done: done.value().mul_(size))  # torch's hook averages
 
