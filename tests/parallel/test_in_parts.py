@@ -107,7 +107,8 @@ def test_no_process_has_memory_for_all(launch: Any, tmp_path: Path, from_files: 
     model: dict[str, Any] = {"config": large}
     if from_files:
         # In half precision, as most are: the same type would be mapped, not read.
-        build_model(ModelSection(config=large), vocab_size=64).bfloat16().save_pretrained(tmp_path / "base")
+        made = build_model(ModelSection(config=large), vocab_size=64).bfloat16()
+        made.save_pretrained(tmp_path / "base", max_shard_size="20MB")
         model = {"base": str(tmp_path / "base")}
     recipe = {"model": model, "parallel": {"shard": 2}}
     whole, weights = memory_of(launch, tmp_path, 2, recipe=recipe, in_parts=False)
