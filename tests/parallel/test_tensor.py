@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -72,35 +73,101 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "v_head_dim": 8,
     },
 }
-WAYS: dict[str, dict[str, Any]] = {"one": {}, "cut": {}, "sequence": {"sequence": True}}
+WAYS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "cut": {"parallel": {}},
+    "sequence": {"parallel": {"sequence": True}},
+}
+MODES: dict[str, dict[str, Any]] = {
+    "one": {},
+    "full": {"parallel": {}, "checkpointing": "full"},
+    "selective": {"parallel": {}, "checkpointing": "selective"},
+    "sequence full": {"parallel": {"sequence": True}, "checkpointing": "full"},
+    "sequence selective": {"parallel": {"sequence": True}, "checkpointing": "selective"},
+}
+HALVES: dict[str, dict[str, Any]] = {
+    "one": {"autocast": True},
+    "cut": {"parallel": {}, "autocast": True},
+    "sequence": {"parallel": {"sequence": True}, "autocast": True},
+}
 
 
-def results(launch: Any, folder: Path, names: list[str], num: int = 2) -> dict[str, dict[str, Tensor]]:
+def case_of(name: str, ways: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {"model": {**LLAMA, "model_type": name, **FAMILIES[name], **changes}, "ways": ways}
+
+
+def results(launch: Any, folder: Path, cases: dict[str, Any], num: int = 2) -> dict[str, dict[str, Tensor]]:
+    """Everything of a model, by case and way."""
     settings, out = folder / "settings.json", folder / "out.safetensors"
-    cases = {
-        name: {"model": {**LLAMA, "model_type": name, **FAMILIES[name]}, "parallel": WAYS} for name in names
-    }
     settings.write_text(json.dumps({"parallel": {"tensor": num}, "cases": cases}))
     launch("tensor", num, [str(settings), str(out)])
+    return by_way(out)
+
+
+def by_way(path: Path) -> dict[str, dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, value in load_file(out).items():
+    for key, value in load_file(path).items():
         name, way, part = key.split(" | ")
         parts[f"{name} | {way}"][part] = value
     return parts
 
 
+def differences(expected: dict[str, Tensor], got: dict[str, Tensor]) -> list[str]:
+    assert got.keys() == expected.keys()
+    return [
+        f"{key}: {float((got[key] - value).abs().max()):.2e}"
+        for key, value in expected.items()
+        if not torch.allclose(got[key], value, rtol=1e-9, atol=1e-12)
+    ]
+
+
+def wrong(parts: dict[str, dict[str, Tensor]], cases: dict[str, Any]) -> dict[str, list[str]]:
+    found = {
+        f"{name} | {way}": differences(parts[f"{name} | one"], parts[f"{name} | {way}"])
+        for name, case in cases.items()
+        for way in case["ways"]
+    }
+    return {name: each for name, each in found.items() if each}
+
+
 @pytest.mark.slow
 def test_families_give_the_same_in_parts(launch: Any, tmp_path: Path) -> None:
-    parts = results(launch, tmp_path, list(FAMILIES))
-    wrong = []
-    for name in FAMILIES:
-        expected = parts[f"{name} | one"]
-        for way in ("cut", "sequence"):
-            got = parts[f"{name} | {way}"]
-            assert got.keys() == expected.keys()
-            wrong += [
-                f"{name} {way} {key}: {float((got[key] - value).abs().max()):.2e}"
-                for key, value in expected.items()
-                if not torch.allclose(got[key], value, rtol=1e-9, atol=1e-12)
-            ]
-    assert not wrong
+    cases = {name: case_of(name, WAYS) for name in FAMILIES}
+    assert not wrong(results(launch, tmp_path, cases), cases)
+
+
+@pytest.mark.slow
+def test_what_is_run_again_exchanges_the_same(launch: Any, tmp_path: Path) -> None:
+    cases = {name: case_of(name, MODES) for name in ("llama", "olmo2", "mixtral")}
+    assert not wrong(results(launch, tmp_path, cases), cases)
+
+
+@pytest.mark.slow
+def test_a_process_may_have_no_words(launch: Any, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 5, "num_key_value_heads": 4, "pad_token_id": 3}
+    cases = {name: case_of(name, WAYS, **sizes) for name in ("llama", "tied")}
+    assert not wrong(results(launch, tmp_path, cases, num=4), cases)
+
+
+@pytest.mark.slow
+def test_autocast_rounds_no_more_in_parts(launch: Any, tmp_path: Path) -> None:
+    parts = results(launch, tmp_path, {"llama": case_of("llama", HALVES)})
+    for way in ("cut", "sequence"):
+        for key, value in parts["llama | one"].items():
+            # bfloat16 has 8 bits: sums of parts are rounded once more.
+            error = (parts[f"llama | {way}"][key] - value).norm() / value.norm()
+            assert error < 0.02, f"{way} {key}"
+
+
+@pytest.mark.slow
+def test_as_transformers_own_tensor_parallelism(launch: Any, tmp_path: Path) -> None:
+    distributed = pytest.importorskip("transformers.distributed")
+    if "tp_size" not in inspect.signature(distributed.DistributedConfig).parameters:
+        pytest.skip("this version of transformers chooses its processes in another way")
+    models = {name: case_of(name, {})["model"] for name in ("llama", "tied", "phi3", "glm4", "qwen3_moe")}
+    settings, out = tmp_path / "settings.json", tmp_path / "out.safetensors"
+    settings.write_text(json.dumps({"models": models}))
+    launch("applier", 2, [str(settings), str(out)])
+    parts = by_way(out)
+    found = {name: differences(parts[f"{name} | theirs"], parts[f"{name} | ours"]) for name in models}
+    assert not {name: each for name, each in found.items() if each}

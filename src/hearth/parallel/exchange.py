@@ -184,5 +184,7 @@ def _part(x: Tensor, group: Group, dim: int) -> Tensor:
 def _scattered_sum(x_BTD: Tensor, group: Group) -> Tensor:
     parts = x_BTD.chunk(dist.get_world_size(group), dim=1)
     own = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
-    dist.reduce_scatter_tensor(own, torch.cat(parts), group=group)  # cat: one after the other in B
+    # The same under the names of different versions of torch.
+    reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    reduce_scatter(own, torch.cat(parts), group=group)
     return own

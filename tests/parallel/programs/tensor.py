@@ -24,9 +24,11 @@ from hearth.config.parallel import ParallelSection
 from hearth.parallel.apply import parallelize
 from hearth.parallel.tensor import gathered
 from hearth.parallel.world import joined
+from hearth.training.activation import checkpoint_activations
 from hearth.training.batches import Batch, collate
 from hearth.training.logprobs import token_logprobs
 from hearth.training.loss import split_head, token_loss_sum
+from hearth.training.precision import autocast
 
 LENGTH = 24
 
@@ -64,11 +66,13 @@ def values(model: Any, batch: Batch) -> dict[str, Tensor]:
     """What training asks of a model."""
     loss, num = token_loss_sum(model, batch)
     logp_N, entropy_N = token_logprobs(model, batch, temperature=0.7, with_entropy=True)
-    factors_N = torch.linspace(-1.0, 1.0, len(logp_N), dtype=torch.float64)
+    factors_N = torch.linspace(-1.0, 1.0, len(logp_N), dtype=logp_N.dtype)
     inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT, "use_cache": False}
     logits = model(**inputs).logits
-    factors_V = torch.linspace(-1.0, 1.0, logits.shape[-1], dtype=torch.float64)
-    (loss / num + (logp_N * factors_N).sum() / num + (logits.square() * factors_V).mean()).backward()
+    factors_V = torch.linspace(-1.0, 1.0, logits.shape[-1], dtype=logp_N.dtype)
+    (
+        loss / num + (logp_N * factors_N).sum() / num + (logits.to(logp_N.dtype).square() * factors_V).mean()
+    ).backward()
     found = {"loss": loss, "logp": logp_N, "entropy": entropy_N, "logits": logits}
     grads = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     return {name: gathered(tensor.detach()).contiguous().clone() for name, tensor in (found | grads).items()}
@@ -88,14 +92,20 @@ def main() -> None:
             for weight in whole.parameters():  # biases and norms that begin at 0 and 1 would hide much
                 weight.data.add_(torch.randn_like(weight) * 0.05)
             batch = make_batch(case["model"]["vocab_size"])
-            for key in case["parallel"]:
+            for key, way in case["ways"].items():
                 model = copy.deepcopy(whole)
                 split_head(model)
-                if key != "one":
-                    section = ParallelSection.model_validate(settings["parallel"] | case["parallel"][key])
+                checkpoint_activations(model, way.get("checkpointing", "none"))
+                if "parallel" in way:
+                    section = ParallelSection.model_validate(settings["parallel"] | way["parallel"])
                     parallelize(model, world, section, sequence_length=LENGTH)
-                with nothing_in_float32():
-                    parts = values(model, batch)
+                    model = copy.deepcopy(model)  # as a reference is made
+                if way.get("autocast"):
+                    with autocast("bf16", torch.device("cpu")):
+                        parts = values(model.float(), batch)
+                else:
+                    with nothing_in_float32():
+                        parts = values(model, batch)
                 found |= {f"{name} | {key} | {part}": tensor for part, tensor in parts.items()}
                 print("done", name, key, flush=True)  # noqa: T201
         if world.is_main:
