@@ -78,7 +78,6 @@ def choose_micro_batch(trainer: Trainer) -> MicroBatch:
     must ask. There no try may run out of memory: the others would wait for it. Raises ConfigError then.
     """
     world, device = trainer.world, trainer.device
-    _refuse_pipeline(trainer)
     share = trainer.config.train.batch_size // world.layout.batch_ranks
     before = rng.capture()
     known = trainer.state.micro_batch_size
@@ -130,14 +129,6 @@ def _free_memory(trainer: Trainer) -> int:
         return free
     hosts = trainer.world.gather(socket.gethostname())
     return free // hosts.count(socket.gethostname())
-
-
-def _refuse_pipeline(trainer: Trainer) -> None:
-    if trainer.world.layout.pipeline > 1:
-        raise ConfigError(
-            "train.micro_batch_size is auto, which a pipeline cannot find out: it needs several at once",
-            fix="give a number, such as 1",
-        )
 
 
 def _out_of_memory(size: int) -> ConfigError:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from hearth.errors import ConfigError
 from hearth.training import rng
 from hearth.training.clipping import local
 from hearth.training.passes import Passes
@@ -24,8 +25,14 @@ if TYPE_CHECKING:
 def median_step_seconds(trainer: Trainer, num_steps: int) -> float:
     """Median seconds of an optimizer step, after one to warm up. Of several processes all must ask.
 
-    The steps are made with an optimizer of their own; weights and random state are put back.
+    The steps are made with an optimizer of their own; weights and random state are put back. Raises
+    ConfigError where DeepSpeed has the only optimizer.
     """
+    if trainer.config.parallel.engine == "deepspeed":
+        raise ConfigError(
+            "parallel.engine deepspeed: its steps cannot be tried and undone",
+            fix="look at tokens_per_second of a run",
+        )
     trial = copy.copy(trainer)
     if not trainer._objective_started:
         trial.total_steps = num_steps + 1  # what an objective prepares for a run, it prepares for these

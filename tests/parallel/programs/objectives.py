@@ -115,7 +115,9 @@ def rows_of(objective: str, tokenizer: Any) -> tuple[Any, Any]:
     return samples(12, num_parts, 0), samples(5, num_parts, 1)
 
 
-def make_trainer(case: dict[str, Any], parallel: dict[str, Any], world: World, tokenizer: Any) -> Trainer:
+def make_trainer(
+    case: dict[str, Any], parallel: dict[str, Any], world: World, tokenizer: Any, **arguments: Any
+) -> Trainer:
     train, reinforced = dict(case["train"]), case["train"]["objective"] in ("grpo", "ppo")
     values = {
         "parallel": parallel,
@@ -144,6 +146,7 @@ def make_trainer(case: dict[str, Any], parallel: dict[str, Any], world: World, t
         config=recipe,
         world=world,
         progress=False,
+        **arguments,
     )
     if recipe.train.objective == "distill":
         objective: Any = trainer.objective
@@ -166,16 +169,22 @@ def results(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"weight {name}", gathered(weight.detach()).clone()
 
 
-def main() -> None:
-    settings = json.loads(Path(sys.argv[1]).read_text())
+def train_by_each(cases: dict[str, Any], parallel: dict[str, Any], world: World) -> dict[str, torch.Tensor]:
+    """What comes of each case, under ``CASE | WHAT``."""
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
-    section = Recipe.model_validate({"parallel": settings["parallel"]}).parallel
     found: dict[str, torch.Tensor] = {}
+    for name, case in cases.items():
+        trainer = make_trainer(case, parallel, world, tokenizer)
+        found |= {f"{name} | {key}": value for key, value in results(trainer)}
+    return found
+
+
+def main() -> None:
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    section = Recipe.model_validate({"parallel": settings["parallel"]}).parallel
     with joined(section, torch.device("cpu")) as world:
-        for name, case in settings["cases"].items():
-            trainer = make_trainer(case, settings["parallel"], world, tokenizer)
-            found |= {f"{name} | {key}": value for key, value in results(trainer)}
+        found = train_by_each(settings["cases"], settings["parallel"], world)
         if world.is_main:
             save_file(found, sys.argv[2])
 
