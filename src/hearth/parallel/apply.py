@@ -29,6 +29,12 @@ class Parallelized:
     pipeline: Pipeline | None = None
     context: ContextParallel | None = None
 
+    @property
+    def runs(self) -> list[nn.Module]:
+        """What computes: the module, or the stages of this process."""
+        stages: list[nn.Module] = [] if self.pipeline is None else [*self.pipeline.stages]
+        return stages if self.module is None else [self.module]
+
 
 def parallelize(
     model: nn.Module,

@@ -23,6 +23,7 @@ from hearth.config.recipe import Recipe
 from hearth.errors import ConfigError, DataError, TrainingError
 from hearth.models import peak_flops
 from hearth.parallel.apply import parallelize
+from hearth.parallel.completeness import inventory, require_complete
 from hearth.parallel.world import World
 from hearth.training import rng
 from hearth.training.batches import Batch, fingerprint_of, row_at, step_rows
@@ -40,6 +41,7 @@ from hearth.training.objectives import Losses, make_objective
 from hearth.training.observers import own_callbacks
 from hearth.training.optimizers import trainable_parameters
 from hearth.training.optimizers.groups import resolve_settings
+from hearth.training.parallel_checks import check_recipe, check_spreadable, common_things
 from hearth.training.passes import Passes
 from hearth.training.performance import StepClock
 from hearth.training.plan import TrainingPlan, resolve_steps, too_long
@@ -130,10 +132,11 @@ class Trainer:
         self.base_reference = base_reference
         self.device = choose_device(device) if world is None else world.device
         self.world = world or World.alone(self.device)
-        _require_equal_shares(self.config, self.world)
+        check_recipe(self.config, self.world)
         self.precision = choose_precision(self.config.train.precision, self.device)
         self.objective = make_objective(self.config)
         self._take_data(train_dataset, eval_dataset)
+        self.world.require_same(common_things(self))
         self.state = TrainingState()
         self.run: Run | None = None
         self.clock = StepClock(self.device)
@@ -167,6 +170,7 @@ class Trainer:
     def _spread_model(self, in_parts: InParts | None) -> None:
         """Set the model up as the recipe says, spread it over processes, and make what changes it."""
         section = self.config.train
+        check_spreadable(self.config, self.model, self._sequence_length())
         if in_parts is None:
             self.model.to(self.device)
         else:
@@ -177,6 +181,7 @@ class Trainer:
         # Of the whole model, and before it is spread: it freezes what the groups freeze.
         settings = resolve_settings(self.model, section.parameter_groups, weight_decay=section.weight_decay)
         self.facts = ModelFacts.of(self.model, self._sequence_length())
+        before = inventory(self.model)
         spread = parallelize(
             self.model,
             self.world,
@@ -185,6 +190,8 @@ class Trainer:
             source=None if in_parts is None else in_parts.source,
             compute=compute_dtype(self.precision),
         )
+        if self.config.parallel.engine == "native":
+            require_complete(before, self.model, spread.runs, self.world)
         self.passes = Passes(self, spread)
         self.updates = Updates(self.model, section, precision=self.precision, settings=settings)
         if notice is not None:
@@ -213,7 +220,8 @@ class Trainer:
 
         make_trackers(recipe.track.trackers, recipe.track.options)  # refused before any work
         here = world or World.alone(choose_device(device))
-        here.require_same(common_facts(recipe))
+        here.require_same({**common_facts(recipe), "--resume": resume})
+        check_recipe(recipe, here)
         refuse_what_cannot_fit(recipe, here, workspace=workspace)
         shown = progress and here.is_main
         parts = here.main_first(
@@ -502,17 +510,6 @@ class Trainer:
     def measure_step_seconds(self, num_steps: int = 3) -> float:
         """Median seconds of an optimizer step, after one to warm up; nothing of them stays."""
         return median_step_seconds(self, num_steps)
-
-
-def _require_equal_shares(config: Recipe, world: World) -> None:
-    section, shares = config.train, world.layout.batch_ranks
-    size = 1 if section.micro_batch_size == "auto" else section.micro_batch_size
-    if section.batch_size % (shares * size):
-        raise ConfigError(
-            f"train.batch_size {section.batch_size} cannot be shared by {shares} processes in micro-batches "
-            f"of {size}",
-            fix=f"use a batch_size that is a multiple of {shares * size}, or another micro_batch_size",
-        )
 
 
 def _no_rows(num_dropped: int, sequence_length: int) -> DataError:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hearth.config.parallel import ParallelSection
 from hearth.errors import ConfigError
-from hearth.parallel.apply import Parallelized, parallelize
+from hearth.parallel.apply import parallelize
 from hearth.parallel.completeness import inventory, placements, require_complete
 from hearth.parallel.world import World, joined
 
@@ -26,10 +26,6 @@ from hearth.parallel.world import World, joined
 def build(settings: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings["model"]))
-
-
-def runs_of(spread: Parallelized) -> list[nn.Module]:
-    return [spread.module] if spread.pipeline is None else list(spread.pipeline.stages)  # type: ignore[list-item]
 
 
 # What may go wrong, after the model was spread.
@@ -79,11 +75,11 @@ def main() -> None:
             if name not in (None, "outside"):
                 globals()[name](model, world)
             if name is None:
-                require_complete(before, model, runs_of(spread), world)
+                require_complete(before, model, spread.runs, world)
                 found["complete"] = {"before": sorted(before), "own": placements(model)}
                 continue
             try:
-                require_complete(before, model, runs_of(spread), world)
+                require_complete(before, model, spread.runs, world)
             except ConfigError as error:
                 found["broken"][name] = error.message
             else:
