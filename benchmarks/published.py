@@ -95,7 +95,7 @@ def torchtitan() -> list[Row]:
         "vocabulary_split": True,
         "isolated": False,
         "alternate_products": True,
-        "context_shares_state": True,
+        "context_always_shares": True,
     }
     small, middle, large = (
         llama(4096, 14336, 32, 32),

@@ -25,8 +25,8 @@ class Job:
 
     ``isolated``: rows hold several documents, so that attention has a mask (data.packing).
     The last fields say how a framework works. The defaults are Hearth's: float32 weights that are gathered as
-    such and multiplied in half precision by autocast, a loss that makes its logits in chunks, and embeddings
-    that tensor parallelism leaves whole.
+    such and multiplied in half precision by autocast, a loss that makes its logits in chunks, and processes
+    of a sequence that share the state where it is shared at all.
     """
 
     sequence_length: int
@@ -42,10 +42,10 @@ class Job:
     background_checkpoints: bool = False
     gathers_bf16: bool = False  # weights are gathered in bfloat16, which autocast leaves as they are
     chunked_loss: bool = True
-    vocabulary_split: bool = False  # tensor parallelism divides embedding and output layer by words
+    vocabulary_split: bool = True  # tensor parallelism divides embedding and output layer by words
     alternate_products: bool = False  # selective checkpointing keeps every second product (torchtitan)
     eager_attention: bool = False  # scores and probabilities in memory, as before FlashAttention
-    context_shares_state: bool = False  # processes of a sequence share the state, too (torchtitan)
+    context_always_shares: bool = False  # processes of a sequence share the state, whatever else (torchtitan)
     tensor_overlap: float = 0.0  # share of tensor parallelism's communication that is hidden
     bf16_reduce: bool = False  # gradients cross the wire in bfloat16 (parallel.reduce)
     bf16_state: bool = False  # bfloat16 weights with a float32 copy in the optimizer (Megatron)

@@ -203,14 +203,14 @@ def _held(placed: Placed, job: Job, plan: Plan) -> tuple[State, _Communication]:
 def uses_fsdp(job: Job, plan: Plan) -> bool:
     """Whether weights are gathered before they are used: shared ones, and replicas of parts."""
     layout = plan.layout
-    parts = max(layout.tensor, layout.pipeline, layout.expert)
-    return state_processes(job, plan) > 1 or plan.offload or (layout.data > 1 and parts > 1)
+    if layout.shard > 1 or plan.offload or (job.context_always_shares and layout.context > 1):
+        return True
+    return layout.data * layout.context > 1 and max(layout.tensor, layout.pipeline, layout.expert) > 1
 
 
 def state_processes(job: Job, plan: Plan) -> int:
-    """How many processes share the state of a replica."""
-    layout = plan.layout
-    return layout.shard * (layout.context if job.context_shares_state else 1)
+    """How many processes share the state of a replica: those of a sequence are among them."""
+    return plan.layout.shard * plan.layout.context if uses_fsdp(job, plan) else 1
 
 
 def _local_tokens(job: Job, plan: Plan) -> float:

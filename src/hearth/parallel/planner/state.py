@@ -126,7 +126,7 @@ def place(
 ) -> Placed:
     """The state of a stage with these layers. ``first``, ``last``: whether embedding and head belong to it.
 
-    Norms are whole in every tensor process, and so are embedding and head but with ``vocabulary_split``.
+    Norms are whole in every tensor process, and embedding and head without ``vocabulary_split``.
     """
     # What a step is cut into changes nothing here, and many cuts are asked for.
     return _place(facts, job.one_row, tuple(layers), first, last, tensor, expert)
