@@ -222,7 +222,7 @@ def _frozen_copy(trainer: Trainer) -> LossModule:
         frozen = LossModule(copy.deepcopy(trainer.model))
         return frozen.requires_grad_(False).eval()
     dtype = next(trainer.model.parameters()).dtype
-    made = plain_copy(trainer.model, dtype=dtype, device=trainer.device)
+    made = plain_copy(trainer.model, dtype=dtype)  # where the weights are: on the host, if they rest there
     split_head(made)  # tries the model while it is whole
     return spread_frozen(made, trainer.world, trainer.config.parallel)
 

@@ -105,11 +105,12 @@ class RolloutSource:
         dtype = generation_dtype(trainer.precision, trainer.device)
         generation: Any = generation_config_of(trainer, trainer.model)
         config = trainer.config
+        prompts = -(-config.train.batch_size // trainer.world.size)  # of a round, at most
         return Engine.from_model(
             plain_copy(model, dtype=dtype, generation_config=generation, device=trainer.device),
             trainer.tokenizer,
             max_model_len=config.data.sequence_length,
-            max_num_seqs=min(_MOST_AT_ONCE, config.train.batch_size * self.settings.num_generations),
+            max_num_seqs=min(_MOST_AT_ONCE, prompts * self.settings.num_generations),
         )
 
 
