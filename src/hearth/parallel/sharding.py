@@ -36,6 +36,7 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.is_last = True  # whether the micro-batch is the last of its step
 
     def forward(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """``function(model, *inputs)``; what has a gradient of it is in tensors, dicts or tuples."""
@@ -140,7 +141,7 @@ def _reduce_by(wrapped: DistributedDataParallel, section: ParallelSection, group
         state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=4, start_powerSGD_iter=2)
         size = dist.get_world_size(group)
 
-        def add_up_factors(state: Any, bucket: Any) -> Any:
+        def add_up_factors(bucket: Any) -> Any:
             future = powerSGD_hook.powerSGD_hook(state, bucket)
             if not bucket.buffer().is_cuda:
                 # With gloo another thread begins a bucket's second exchange when its first one is done: in
@@ -148,7 +149,7 @@ def _reduce_by(wrapped: DistributedDataParallel, section: ParallelSection, group
                 future.wait()
             return future.then(lambda done: done.value().mul_(size))  # torch's hook averages
 
-        wrapped.register_comm_hook(state, add_up_factors)
+        wrapped.register_comm_hook(None, lambda _, bucket: add_up_factors(bucket))
         return
     wire = torch.bfloat16 if section.reduce == "bf16" else None
     wrapped.register_comm_hook(None, lambda _, bucket: _add_up(bucket.buffer(), wire, group))
@@ -177,6 +178,8 @@ def synchronize_gradients(module: nn.Module, section: ParallelSection, *, last: 
         module.set_is_last_backward(last)
     elif isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = last
+    elif isinstance(module, LossModule):
+        module.is_last = last
 
 
 def _has_experts(module: nn.Module) -> bool:
