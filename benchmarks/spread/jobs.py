@@ -117,6 +117,16 @@ def group(parallel: dict[str, Any], device: torch.device = CPU) -> Iterator[Worl
     gc.collect()
 
 
+@contextlib.contextmanager
+def as_if_alone() -> Iterator[None]:
+    """Within, nothing says that this process is one of several: its trainer would want the others."""
+    size = os.environ.pop("WORLD_SIZE")
+    try:
+        yield
+    finally:
+        os.environ["WORLD_SIZE"] = size
+
+
 class Plain:
     """A loop as one would write it by hand: the model under torch's DDP, a mean of cross-entropies, AdamW.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from spread.checkpoints import checkpoints
-from spread.jobs import CPU, Plain, Shape, group, new_model, new_rows, new_trainer, recipe_of
+from spread.jobs import CPU, Plain, Shape, as_if_alone, group, new_model, new_rows, new_trainer, recipe_of
 from spread.one_gpu import one_gpu
 from spread.tables import ALONE, ALONE_PLAIN, LAYOUTS, PLAIN
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ def scaling(job: dict[str, Any]) -> dict[str, Any]:
                 alone = name in (ALONE, ALONE_PLAIN)
                 if not alone or world.is_main:
                     here = World.alone(CPU) if alone else world
-                    found = _steps(name, model, rows, shape, here, job)
+                    with as_if_alone() if alone else contextlib.nullcontext():
+                        found = _steps(name, model, rows, shape, here, job)
                     seconds[name].append([each for each, _ in found][1:])
                     losses[name] = [loss for _, loss in found]
                 world.from_main(None)  # who has nothing to do waits
