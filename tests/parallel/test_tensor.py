@@ -37,7 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 8},
-    "phi": {},
+    "phi": {"resid_pdrop": 0.4},
     "phi3": {},
     "glm4": {},
     "olmo2": {},

@@ -137,19 +137,34 @@ def wrap_layers(layers: Mapping[str, nn.Module], section: ParallelSection, group
                 "their blocks",
                 fix="set parallel.sequence: false",
             )
+        for module in layer.children():
+            if type(module) is nn.Dropout:
+                dropout: Any = module
+                dropout.forward = Bound(_drop_out, dropout, group)
         before = _split_checked if index in first else as_is
         after = gather_positions if index in last else as_is
         if index in first | last:
-            module: Any = layer
-            module.forward = Bound(_through, module, before, after, group)
+            wrapped: Any = layer
+            wrapped.forward = Bound(_through, wrapped, before, after, group)
+
+
+def _drop_out(module: nn.Dropout, forward: Callable[[Tensor], Tensor], group: Group, input: Tensor) -> Tensor:
+    """Dropout as one process draws it for all positions: parts that draw alike would drop alike."""
+    if not module.training or module.p == 0.0:
+        return forward(input)
+    size, rank = group.size(), group.rank()
+    kept = forward(input.new_ones(input.shape[0], size * input.shape[1], *input.shape[2:]))
+    own: Tensor = input * kept.chunk(size, dim=1)[rank]
+    return own
 
 
 def _split_checked(x: Tensor, group: Group) -> Tensor:
     if x.ndim != 3 or x.shape[1] % group.size():
         raise ConfigError(
-            f"parallel.sequence: rows of shape {tuple(x.shape)} cannot be split by position over "
-            f"{group.size()} processes",
-            fix="set parallel.sequence: false",
+            f"parallel.sequence: hidden states of shape {tuple(x.shape)} cannot be split by position (the "
+            f"second) over {group.size()} processes",
+            fix=f"use a data.sequence_length of which a process has a multiple of {group.size()} positions, "
+            "or parallel.sequence: false",
         )
     return split_positions(x, group)
 

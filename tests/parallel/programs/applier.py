@@ -34,7 +34,7 @@ def values(model: Any, input_ids_BT: Tensor) -> dict[str, Tensor]:
 def main() -> None:
     settings, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     torch.set_num_threads(1)
-    section = ParallelSection(tensor=2)
+    section = ParallelSection.model_validate({"tensor": 2})
     found: dict[str, Tensor] = {}
     with joined(section, torch.device("cpu")) as world:
         for name, shape in settings["models"].items():

@@ -27,7 +27,7 @@ from hearth.parallel.world import joined
 from hearth.training.activation import checkpoint_activations
 from hearth.training.batches import Batch, collate
 from hearth.training.logprobs import token_logprobs
-from hearth.training.loss import split_head, token_loss_sum
+from hearth.training.loss import split_head, token_loss_sum, use_split_of
 from hearth.training.precision import autocast
 
 LENGTH = 24
@@ -78,6 +78,20 @@ def values(model: Any, batch: Batch) -> dict[str, Tensor]:
     return {name: gathered(tensor.detach()).contiguous().clone() for name, tensor in (found | grads).items()}
 
 
+def require_parts(model: Any, num: int, *, sequence: bool) -> None:
+    """Words and positions are spread, so that it is not the whole model that gives the same as itself."""
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert len(module.weight.to_local()) <= -(-len(module.weight) // num)
+    norms = [module for module in model.base_model.layers[1].children() if "Norm" in type(module).__name__]
+
+    def check(_module: Any, _inputs: Any, output: Tensor) -> None:
+        assert output.shape[1] == (LENGTH // num if sequence else LENGTH)
+
+    assert norms
+    for norm in norms:
+        norm.register_forward_hook(check)
+
+
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
@@ -99,7 +113,10 @@ def main() -> None:
                 if "parallel" in way:
                     section = ParallelSection.model_validate(settings["parallel"] | way["parallel"])
                     parallelize(model, world, section, sequence_length=LENGTH)
-                    model = copy.deepcopy(model)  # as a reference is made
+                    cut, model = model, copy.deepcopy(model)  # as a reference is made
+                    use_split_of(cut, model)
+                    require_parts(model, world.layout.tensor, sequence=section.sequence)
+                torch.manual_seed(1)  # of dropout
                 if way.get("autocast"):
                     with autocast("bf16", torch.device("cpu")):
                         parts = values(model.float(), batch)
