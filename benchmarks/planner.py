@@ -81,7 +81,7 @@ CASES = [
     Case("ddp 2", "20M", 8192, 256, 8, 2, parallel={"data": 2}),
     Case("fsdp 2", "20M", 8192, 256, 8, 2, parallel={"shard": 2}),
     Case("zero1 2", "20M", 8192, 256, 8, 2, parallel={"shard": 2, "zero": 1}),
-    Case("tensor 2", "20M", 8192, 256, 4, 2, parallel={"tensor": 2}),
+    Case("tensor 2", "5M", 4096, 256, 8, 4, parallel={"tensor": 2}),
     Case("pipeline 2", "20M", 8192, 256, 8, 2, parallel={"pipeline": 2}),
     Case("context 2", "20M", 8192, 512, 4, 2, parallel={"context": 2}),
 ]
