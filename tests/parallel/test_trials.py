@@ -38,6 +38,7 @@ def test_trials_as_in_one_process(launch: Any, tmp_path: Path, name: str) -> Non
         assert found == everywhere[0], "skipping, or taking other sizes, each for itself"
         assert found["size"] == (8 if "tensor" in LAYOUTS[name] else 4), "what a process has of a step"
         assert found["seconds"]
+        assert found["told"]
         assert found["unchanged"]
         assert found["loss"] == pytest.approx(one["loss"], rel=1e-9)
         assert found["kept"] == one["kept"]

@@ -19,10 +19,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hearth.config import Recipe
-from hearth.errors import NonFiniteError
+from hearth.errors import NonFiniteError, TrainingError
 from hearth.parallel.tensor import gathered
 from hearth.parallel.world import World, joined
 from hearth.training import Batch, Trainer
+from hearth.training.shares import in_every_process
 
 LENGTH, VOCAB, POISON = 24, 64, 63
 
@@ -94,6 +95,15 @@ def broken(make: Any) -> dict[str, Any]:
     return {"said": said, "kept": kept, "errors": errors}
 
 
+def told(world: World) -> bool:
+    """Whether this process hears of what fails in the last one alone."""
+    try:
+        in_every_process(world, lambda: 1 // (world.size - 1 - world.rank))
+    except (TrainingError, ZeroDivisionError) as error:
+        return "ZeroDivisionError" in f"{type(error).__name__}: {error}"
+    return False
+
+
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
@@ -114,7 +124,7 @@ def main() -> None:
     section = Recipe.model_validate({"parallel": settings["parallel"]}).parallel
     with joined(section, torch.device("cpu")) as world:
         make = make_in(world)
-        found = {**timed(make), **broken(make)}
+        found = {**timed(make), **broken(make), "told": told(world)}
         print("RESULT", json.dumps(found))  # noqa: T201
 
 
