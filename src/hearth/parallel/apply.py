@@ -10,6 +10,7 @@ from torch import nn
 from hearth.config.parallel import ParallelSection
 from hearth.models.in_parts import Source
 from hearth.parallel.context import ContextParallel
+from hearth.parallel.deepspeed import DeepSpeedModule
 from hearth.parallel.filling import fill
 from hearth.parallel.pipeline import Pipeline, make_stages
 from hearth.parallel.sharding import LossModule, replicate, shard_weights
@@ -51,6 +52,8 @@ def parallelize(
     each process takes its part of them. ``compute``: the type of autocast, in which weights of layers then
     travel to where they are used. Raises ConfigError for what cannot be combined or does not divide.
     """
+    if section.engine == "deepspeed":
+        return Parallelized(DeepSpeedModule(model, world, section, source))
     spread = _spread(model, world, section, sequence_length, compute)
     if source is not None:
         stages = [] if spread.pipeline is None else spread.pipeline.stages

@@ -19,7 +19,7 @@ def fill(modules: Sequence[nn.Module], source: Source, *, device: torch.device) 
     ``modules``: the model and, in a pipeline, the stages that were made of it. Raises ModelError where a
     value is missing.
     """
-    before = _meta_tensors(modules)
+    before = meta_tensors(modules)
     made: dict[int, Tensor] = {}
     for part in dict.fromkeys(part for module in modules for part in module.modules()):
         for holder in (part._parameters, part._buffers):
@@ -43,7 +43,8 @@ def fill(modules: Sequence[nn.Module], source: Source, *, device: torch.device) 
         raise ModelError(f"there are no values for {absent[0]} and {len(absent) - 1} other weights")
 
 
-def _meta_tensors(modules: Sequence[nn.Module]) -> list[tuple[str, Tensor]]:
+def meta_tensors(modules: Sequence[nn.Module]) -> list[tuple[str, Tensor]]:
+    """What has no memory, by the names that a source knows; tied ones under each of theirs."""
     return [
         (_plain(name), tensor)
         for module in modules

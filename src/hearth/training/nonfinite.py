@@ -51,7 +51,7 @@ def non_finite_error(
 ) -> NonFiniteError:
     """The error for a step that must not be taken, with the rows and documents that cause it."""
     units = _units(trainer, batches)
-    if trainer.world.size > 1:
+    if trainer.world.size > 1 or trainer.config.parallel.engine == "deepspeed":
         everywhere = trainer.world.gather([(unit.rows, broke) for unit, broke in _tried(trainer, units)])
         tried = [each for found in everywhere for each in found]
     else:

@@ -29,7 +29,7 @@ def leave_result(trainer: Trainer, run: Run, workspace: Workspace, store: Checkp
     The result has the last weights; with early stopping, those of the best evaluation; with
     ``train.ema_decay`` the average of the weights at that step.
     """
-    if trainer.world.size > 1:
+    if trainer.world.size > 1 or trainer.config.parallel.engine == "deepspeed":
         return trainer.world.on_main(lambda: _leave_from_checkpoint(trainer, run, workspace, store))
     config = trainer.config
     best = store.best()

@@ -101,7 +101,9 @@ class Session:
         together = ByGroup(world.savers) if world.size > 1 else None
         keep = config.checkpoint.keep
         self.store = CheckpointStore(run.dir, keep=keep, warn=self._warn, together=together)
-        self.saver = CheckpointSaver(self.store, background=config.checkpoint.async_, say=self._say)
+        # What rests on a disk has no room on the host.
+        background = config.checkpoint.async_ and config.parallel.offload != "nvme"
+        self.saver = CheckpointSaver(self.store, background=background, say=self._say)
         try:
             trainer.start_objective(run.dir)
             trainer.identity  # noqa: B018 - hashes the tokenizer now, not while a step waits

@@ -29,7 +29,6 @@ from hearth.training import rng
 from hearth.training.batches import Batch, fingerprint_of, row_at, step_rows
 from hearth.training.callbacks import Callback
 from hearth.training.checkpoint import Checkpoint, Contents, Counters, Stateful, Weights, collect, restore
-from hearth.training.clipping import scale
 from hearth.training.execution import set_up_execution
 from hearth.training.facts import ModelFacts
 from hearth.training.fitting import memory_of_process, refuse_what_cannot_fit
@@ -52,7 +51,7 @@ from hearth.training.schedule import learning_rate_at
 from hearth.training.timing import median_step_seconds
 from hearth.training.totals import LossTotals, add_up
 from hearth.training.trackers import Tracking, make_trackers
-from hearth.training.updates import Updates
+from hearth.training.updates import make_updates
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -171,9 +170,9 @@ class Trainer:
         """Set the model up as the recipe says, spread it over processes, and make what changes it."""
         section = self.config.train
         check_spreadable(self.config, self.model, self._sequence_length())
-        if in_parts is None:
+        if in_parts is None and self.config.parallel.engine == "native":  # DeepSpeed moves weight by weight
             self.model.to(self.device)
-        else:
+        elif in_parts is not None:
             use_split_of(in_parts.twin, self.model)
         if not trainable_parameters(self.model):
             raise ConfigError("no weight of the model trains", fix="unfreeze some, or add model.adapter")
@@ -193,7 +192,14 @@ class Trainer:
         if self.config.parallel.engine == "native":
             require_complete(before, self.model, spread.runs, self.world)
         self.passes = Passes(self, spread)
-        self.updates = Updates(self.model, section, precision=self.precision, settings=settings)
+        self.updates = make_updates(
+            spread.module,
+            self.model,
+            section,
+            precision=self.precision,
+            settings=settings,
+            saved_weights=self._saved_weights,
+        )
         if notice is not None:
             TrainingProgress(first_step=0, total_steps=0, enabled=False).warn(notice)
 
@@ -226,7 +232,10 @@ class Trainer:
         shown = progress and here.is_main
         parts = here.main_first(
             lambda: assemble(
-                recipe, workspace=workspace, progress=shown, in_parts=here.layout.spreads_weights
+                recipe,
+                workspace=workspace,
+                progress=shown,
+                in_parts=here.layout.spreads_weights or recipe.parallel.engine == "deepspeed",
             )
         )
         return cls(
@@ -339,7 +348,7 @@ class Trainer:
             skipped = skip_or_raise(self, step, batches, loss, grad_norm)
         if not skipped:
             self.updates.apply(lr, norm)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.updates.discard()
         seconds = time.perf_counter() - started
         self.clock.step_done(num_tokens)
         return StepResult(loss, grad_norm, lr, num_tokens, seconds, metrics, skipped)
@@ -352,7 +361,7 @@ class Trainer:
         found.reduce(self.world)
         factor = found.correction(expected)
         if factor != 1.0:
-            scale(self.updates.gradients(), factor)
+            self.updates.scale(factor)
         return found.mean(), found.metric_means()
 
     def run_model(self, function: Callable[..., Result], *inputs: Any) -> Result:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from hearth.parallel.deepspeed import DeepSpeedModule
 from hearth.training.checkpoint import OptimizerState
-from hearth.training.clipping import clip_by_norm, total_norm
+from hearth.training.clipping import clip_by_norm, scale, total_norm
+from hearth.training.deepspeed_updates import DeepSpeedUpdates
 from hearth.training.ema import WeightAverage
 from hearth.training.optimizers import build_optimizer, set_learning_rate, trainable_parameters
 from hearth.training.scaler import LossScaler
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from hearth.config.recipe import TrainSection
     from hearth.training.checkpoint import Stateful
@@ -64,6 +66,10 @@ class Updates:
         """Add the gradients of a part of the step's loss."""
         (loss if self.scaler is None else loss * self.scaler.factor).backward()  # type: ignore[no-untyped-call]
 
+    def scale(self, factor: float) -> None:
+        """Multiply the gradients of the step."""
+        scale(self.gradients(), factor)
+
     def norm(self) -> Tensor:
         """The norm of all gradients of the step, after the factor of float16 was taken out of them."""
         gradients = self.gradients()
@@ -89,3 +95,24 @@ class Updates:
         self.optimizer.step()
         if self.average is not None:
             self.average.update()
+
+    def discard(self) -> None:
+        """Forget the gradients of the step."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def make_updates(
+    module: nn.Module | None,
+    model: nn.Module,
+    section: TrainSection,
+    *,
+    precision: str,
+    settings: Mapping[str, Settings],
+    saved_weights: Callable[[], Mapping[str, Tensor]],
+) -> Updates | DeepSpeedUpdates:
+    """Whoever changes the weights of ``model``, which ``module`` has spread; None in a pipeline."""
+    if isinstance(module, DeepSpeedModule):
+        return DeepSpeedUpdates(
+            module, section, precision=precision, settings=settings, saved_weights=saved_weights
+        )
+    return Updates(model, section, precision=precision, settings=settings)

@@ -55,7 +55,7 @@ def main() -> None:
     recipe = Recipe.model_validate(settings["recipe"])
     config = AutoConfig.for_model(**settings["model"])
     config._experts_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config).double()
+    model = AutoModelForCausalLM.from_config(config).to(getattr(torch, settings.get("dtype", "float64")))
     callbacks = [StopAt(settings["stop"])] if settings.get("stop") else []
     with joined(recipe.parallel, torch.device("cpu")) as world, Workspace.open() as workspace:
         trainer = Trainer(

@@ -1,0 +1,95 @@
+"""One process of the DeepSpeed test: trains a tiny model in float32 and writes what came of it.
+
+RANK=… WORLD_SIZE=… zero_infinity.py SETTINGS.json OUT.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hearth.config import Recipe
+from hearth.parallel.world import joined
+from hearth.training import Trainer
+
+LENGTH, ROWS = 24, 64
+
+
+def make_rows(vocabulary: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(ROWS):
+        cut = int(rng.integers(4, LENGTH - 4))
+        tokens = rng.integers(3, vocabulary, LENGTH + 1)
+        labels = np.where(rng.random(LENGTH) < 0.8, tokens[1:], -100)
+        labels[cut - 1] = -100
+        rows.append(
+            {
+                "input_ids": tokens[:-1],
+                "labels": labels,
+                "position_ids": np.concatenate([np.arange(cut), np.arange(LENGTH - cut)]),
+                "segment_ids": np.concatenate([np.zeros(cut), np.ones(LENGTH - cut)]).astype(int),
+            }
+        )
+    return rows
+
+
+class Odd(Trainer):
+    """Its loss counts twice as many tokens as its batches say, and is infinite in one step."""
+
+    breaks_at = -1
+    at = 0
+
+    def train_step(self, step: int) -> Any:
+        self.at = step
+        return super().train_step(step)
+
+    def compute_loss(self, model: torch.nn.Module, batch: Any) -> Any:
+        losses = super().compute_loss(model, batch)
+        total, count = losses.sums["tokens"], losses.counts["tokens"]
+        return (total * float("inf") if self.at == self.breaks_at else total), 2 * int(count)
+
+
+def main() -> None:
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    recipe = Recipe.model_validate(settings["recipe"])
+    config = AutoConfig.for_model(**settings["model"])
+    model = AutoModelForCausalLM.from_config(config)
+    with joined(recipe.parallel, torch.device("cpu")) as world:
+        rows = make_rows(config.vocab_size)
+        kind = Odd if "breaks_at" in settings else Trainer
+        trainer = kind(
+            model=model,
+            train_dataset=rows,
+            eval_dataset=rows[:6],
+            config=recipe,
+            world=world,
+            progress=False,
+        )
+        if isinstance(trainer, Odd):
+            trainer.breaks_at = settings["breaks_at"]
+        results = [trainer.train_step(step) for step in range(settings["steps"])]
+        evaluated = trainer.evaluate()
+        found = {
+            f"{part}.{name}": tensor
+            for part in ("model", "optimizer")
+            for name, tensor in trainer.stateful[part].state_tensors().items()
+        }
+        found["losses"] = torch.tensor([each.loss for each in results], dtype=torch.float64)
+        found["norms"] = torch.tensor([each.grad_norm for each in results], dtype=torch.float64)
+        found["eval"] = torch.tensor(evaluated["eval_loss"], dtype=torch.float64)
+        if world.is_main:
+            save_file({name: tensor.clone() for name, tensor in found.items()}, sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()
