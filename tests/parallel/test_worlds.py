@@ -167,3 +167,63 @@ def wait_for(processes: Processes, rank: int, text: str, *, seconds: float) -> N
         if time.monotonic() > deadline:
             pytest.fail("\n".join(each[-3000:] for each in processes.texts()))
         time.sleep(0.05)
+
+
+def meet(*arguments: str) -> list[str]:
+    return [sys.executable, str(PROGRAMS / "meet.py"), *arguments]
+
+
+@pytest.mark.slow
+def test_processes_that_cannot_meet_say_so_within_the_timeout(processes: Processes) -> None:
+    with socket.socket() as other:  # listens, and speaks no word of what is expected
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = str(other.getsockname()[1])
+        processes.group(meet("6"), 2, MASTER_PORT=taken)
+        processes.group(meet("6"), 2, ranks=[0])  # the second never joins
+        processes.group(meet("6"), 2, ranks=[1])  # the first one, to be met there, is not there
+        assert processes.codes(90) == [1] * 4
+    for text in processes.texts():
+        assert "Traceback" not in text
+        assert "did not meet the others at 127.0.0.1:" in text
+        assert "parallel.timeout" in text
+        seconds = float(text.split("TrainingError after ")[1].split(" s:")[0])
+        assert seconds < 20
+    assert f"127.0.0.1:{taken}" in processes.texts()[0]
+
+
+@pytest.mark.slow
+def test_a_second_job_on_the_port_ends_and_the_first_goes_on(processes: Processes, tmp_path: Path) -> None:
+    port, done = str(free_port()), tmp_path / "done"
+    processes.group(meet("60", str(done)), 2, MASTER_PORT=port)
+    for rank in range(2):
+        wait_for(processes, rank, "MET 2", seconds=90)
+    processes.group(meet("6"), 2, MASTER_PORT=port)
+    assert processes.codes(60, of=[2, 3]) == [1, 1]
+    for text in processes.texts()[2:]:
+        assert "Traceback" not in text
+        assert "TrainingError" in text
+    done.touch()
+    assert processes.codes(30, of=[0, 1]) == [0, 0]
+
+
+@pytest.mark.slow
+def test_processes_that_were_started_with_different_things_say_which(processes: Processes) -> None:
+    processes.group([sys.executable, str(PROGRAMS / "differ.py")], 2)
+    assert processes.codes(120) == [0, 0]
+    expected = {
+        "recipe": "the processes differ in the recipe: rank 0 has ",
+        "resume": "the processes differ in --resume: rank 0 has b, rank 1 has a",
+        "__version__": "the version of Hearth: rank 0 has 1.0.0, rank 1 has 9.9.9",
+        "torch.__version__": "the version of torch: rank 0 has 1.0.0, rank 1 has 9.9.9",
+        "transformers.__version__": "the version of transformers: rank 0 has 1.0.0, rank 1 has 9.9.9",
+        "data": "the processes differ in the data: rank 0 has ",
+        "number": "the processes differ in the ",
+    }
+    for text in processes.texts():
+        (line,) = (line for line in text.splitlines() if line.startswith("RESULT "))
+        found = json.loads(line.removeprefix("RESULT "))
+        assert found.keys() == expected.keys()
+        for name, message in expected.items():
+            assert message in found[name]
+            assert "fix: " in found[name]
