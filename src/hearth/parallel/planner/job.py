@@ -24,9 +24,9 @@ class Job:
     """The settings of a run. ``batch_size`` counts rows of an optimizer step over all processes.
 
     ``isolated``: rows hold several documents, so that attention has a mask (data.packing).
-    The last fields say how a framework works. The defaults are Hearth's: float32 weights that are gathered as
-    such and multiplied in half precision by autocast, a loss that makes its logits in chunks, and processes
-    of a sequence that share the state where it is shared at all.
+    The last fields say how a framework works. The defaults are Hearth's: float32 weights, of which those of
+    layers are gathered in the type of autocast, a loss that makes its logits in chunks, and processes of a
+    sequence that share the state where it is shared at all.
     """
 
     sequence_length: int
@@ -40,7 +40,7 @@ class Job:
     isolated: bool = True
     adapter: AdapterSection | None = None
     background_checkpoints: bool = False
-    gathers_bf16: bool = False  # weights are gathered in bfloat16, which autocast leaves as they are
+    gathers_bf16: bool = False  # all weights are gathered in bfloat16, those of embedding and output, too
     chunked_loss: bool = True
     vocabulary_split: bool = True  # tensor parallelism divides embedding and output layer by words
     alternate_products: bool = False  # selective checkpointing keeps every second product (torchtitan)

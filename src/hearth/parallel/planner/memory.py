@@ -133,7 +133,7 @@ def _memory_of_stage(facts: ModelFacts, job: Job, plan: Plan, stage: int, device
     head = _head_buffers(facts, job, plan, device) if last else _Head()
     kept_head = head.kept if facts.tied else 0.0  # until the embedding's gradient is added to it
     embedding = 4.0 * _words(facts, job, plan) * facts.hidden_size if first and job.adapter is None else 0.0
-    copies = 2.0 * whole.matrices if _makes_copies(job) else 0.0
+    copies = 2.0 * whole.matrices if _makes_copies(job, plan) else 0.0
     early = held.gradients if plan.micro_batches(job) > 1 else 0.0
     acts = _activations(facts, job, plan, stage, layers, first=first, last=last)
     passing = _transient(facts, job, plan, layers)
@@ -162,9 +162,12 @@ def _memory_of_stage(facts: ModelFacts, job: Job, plan: Plan, stage: int, device
     return replace(found, framework=_framework(plan, device, found.tensors))
 
 
-def _makes_copies(job: Job) -> bool:
-    """Whether autocast keeps a half-precision copy of every matrix until its backward pass."""
-    return job.width < 4 and not (job.gathers_bf16 or job.bf16_state)
+def _makes_copies(job: Job, plan: Plan) -> bool:
+    """Whether autocast keeps a half-precision copy of every matrix until its backward pass.
+
+    Weights that are gathered come in half precision.
+    """
+    return job.width < 4 and not (job.bf16_state or uses_fsdp(job, plan))
 
 
 @dataclass(frozen=True)
@@ -186,9 +189,11 @@ def _held(placed: Placed, job: Job, plan: Plan) -> tuple[State, _Communication]:
     replicas = layout.batch_ranks / layout.expert if layout.expert > 1 else shard
     own = own + placed.experts.scaled(1 / replicas)
     width = 2.0 if job.gathers_bf16 or job.bf16_state else 4.0
-    gathered, layer, ends = width * whole.values, placed.largest_layer, placed.ends
+    inside = 2.0 if job.width < 4 else width  # of a layer's weights, in the type that autocast computes in
+    layer, ends = placed.largest_layer, placed.ends
+    gathered = inside * (whole.values - ends.values) + width * ends.values
     # Stage 3: a layer, the next one that is gathered meanwhile, embedding and output layer all the time.
-    forward = width * (2 * layer.values + ends.values) if plan.zero == 3 else gathered
+    forward = 2 * inside * layer.values + width * ends.values if plan.zero == 3 else gathered
     # Gradients of a layer as they come, and once more in the buffer that is sent.
     grads = 4.0 * (2 * layer.trainable + 2 * ends.trainable)
     if plan.zero == 1 and plan.micro_batches(job) > 1:
