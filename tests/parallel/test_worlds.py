@@ -187,7 +187,7 @@ def test_processes_that_cannot_meet_say_so_within_the_timeout(processes: Process
         assert "Traceback" not in text
         assert "did not meet the others at 127.0.0.1:" in text
         assert "parallel.timeout" in text
-        seconds = float(text.split("TrainingError after ")[1].split(" s:")[0])
+        seconds = float(text.split("Error after ")[1].split(" s:")[0])
         assert seconds < 20
     assert f"127.0.0.1:{taken}" in processes.texts()[0]
 

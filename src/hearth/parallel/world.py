@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 # A process that is gone is noticed at once; one that works, however long, is waited for.
 _LONG = datetime.timedelta(days=2)
+_GRACE_SECONDS = 5.0  # in which torch reports by itself that time is over
 _START = "start the processes with `hearth launch` or torchrun"
 _REACH = "see that every process runs and reaches that address; parallel.timeout says how long to wait"
 # Of gloo and NCCL, which raise plain RuntimeErrors, also in a backward pass.
@@ -297,17 +299,47 @@ def _limit_patience(meshes: Sequence[DeviceMesh], seconds: float) -> None:
 
 def _connect(section: ParallelSection, device: torch.device, rank: int, size: int) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    limit = datetime.timedelta(seconds=section.timeout)
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    unmet = f"rank {rank} of {size} did not meet the others at {where} within {section.timeout:g} s"
     try:
-        dist.init_process_group(
-            backend, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=section.timeout)
-        )
+        store = _within(section.timeout + _GRACE_SECONDS, lambda: _meet(limit))
+        if store is None:
+            raise LostProcessError(f"{unmet}: something else listens there, and does not answer", fix=_REACH)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise TrainingError(
-            f"rank {rank} of {size} did not meet the others at {where} within {section.timeout:g} s: "
-            f"{_first_line(error)}",
-            fix=_REACH,
-        ) from error
+        raise TrainingError(f"{unmet}: {_first_line(error)}", fix=_REACH) from error
+
+
+def _meet(limit: datetime.timedelta) -> Any:
+    """The store of all processes, found by torchrun's variables."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
+    store.set_timeout(limit)
+    return dist.PrefixStore("default_pg", store)  # type: ignore[attr-defined]
+
+
+def _within(seconds: float, function: Callable[[], Item]) -> Item | None:
+    """What ``function`` returns; None where it has not after so many seconds, and may never.
+
+    torch greets whatever listens at the address, and waits for its answer without any limit.
+    """
+    found: list[Item] = []
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            found.append(function())
+        except Exception as error:  # noqa: BLE001 - raised again, where it is waited for
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="hearth-meeting", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    return found[0] if found else None
 
 
 def _mesh(device: torch.device, layout: Layout) -> DeviceMesh:

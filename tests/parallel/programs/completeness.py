@@ -30,7 +30,9 @@ def build(settings: dict[str, Any]) -> Any:
 
 # What may go wrong, after the model was spread.
 def drop_parameter(model: Any, world: World) -> None:
-    del model.model.layers[1].mlp.up_proj._parameters["weight"]
+    layer = model.model.layers[1]
+    if hasattr(layer, "mlp"):  # another stage may have it
+        del layer.mlp.up_proj._parameters["weight"]
 
 
 def drop_parameter_in_one_process(model: Any, world: World) -> None:
