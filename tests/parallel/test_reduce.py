@@ -13,7 +13,7 @@ from torch import Tensor
 
 QWEN3 = {
     "model_type": "qwen3",
-    "vocab_size": 128,
+    "vocab_size": 4096,  # more gradients than DDP puts into its first bucket
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -132,7 +132,8 @@ def test_powersgd_keeps_what_has_its_rank(launch: Any, tmp_path: Path) -> None:
     layers = [key for key in expected if "lm_head" in key or "mlp" in key]
     assert found["powersgd/sent"][2] < found["powersgd/sent"][0] / 2
     for key in layers:
-        torch.testing.assert_close(found[f"powersgd/2/{key}"], expected[key], rtol=1e-3, atol=1e-6)
+        difference = (found[f"powersgd/2/{key}"] - expected[key]).norm()
+        assert difference < 1e-3 * expected[key].norm(), key
 
 
 @pytest.mark.slow
