@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PLAIN, ALONE_PLAIN, ALONE = "plain torch DDP", "plain torch, 1 process", "hearth, 1 process"
+PLAIN, ALONE_PLAIN, ALONE = "plain DDP", "plain torch alone", "hearth alone"
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {"data": 2},
-    "ddp, bf16 on the wire": {"data": 2, "reduce": "bf16"},
-    "ddp, powersgd": {"data": 2, "reduce": "powersgd"},
+    "ddp bf16": {"data": 2, "reduce": "bf16"},
+    "ddp powersgd": {"data": 2, "reduce": "powersgd"},
     "zero1": {"shard": 2, "zero": 1},
     "zero2": {"shard": 2, "zero": 2},
     "fsdp": {"shard": 2},
