@@ -42,6 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {},
     "olmo2": {},
     "cohere": {},
+    "apertus": {},
     "gpt_neox": {},
     "granite": {"logits_scaling": 3.0},
     "starcoder2": {"sliding_window": None},

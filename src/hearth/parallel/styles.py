@@ -48,3 +48,8 @@ STYLES: Mapping[str, Style] = {
     "replicated_with_grad_allreduce": Style(sum_gradients=True),
     "replicate": Style(),
 }
+
+# Weights that the plans of transformers leave out, though processes use them for their part alone, by family.
+LEFT_OUT: Mapping[str, Mapping[str, str]] = {
+    "apertus": {"layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},
+}

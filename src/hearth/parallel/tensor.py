@@ -20,7 +20,7 @@ from hearth.config.parallel import ParallelSection
 from hearth.errors import ConfigError
 from hearth.parallel.blocks import find_blocks, norms_between, styles_within, wrap_blocks, wrap_layers
 from hearth.parallel.exchange import Bound, Group, add_up, copy_to, own_weights, scatter_sum
-from hearth.parallel.styles import STYLES, Style
+from hearth.parallel.styles import LEFT_OUT, STYLES, Style
 from hearth.parallel.vocabulary import cut_vocabulary
 from hearth.parallel.world import World
 
@@ -28,8 +28,8 @@ from hearth.parallel.world import World
 def apply_tensor_parallel(model: nn.Module, world: World, section: ParallelSection) -> None:
     """Cut a transformers model over the processes of ``tensor``.
 
-    Raises ConfigError for a model without a plan, one whose plan has styles that are not known, and sizes
-    that do not divide.
+    Raises ConfigError for a model without a plan, one whose plan has styles that are not known or fits no
+    module, and sizes that do not divide.
     """
     assert world.mesh is not None
     mesh = world.mesh["tensor"]
@@ -45,6 +45,11 @@ def apply_tensor_parallel(model: nn.Module, world: World, section: ParallelSecti
             for own in list(module._parameters):
                 if matching.fullmatch(f"{path}.{own}"):
                     _cut_weight(module, own, STYLES[name], mesh)
+    if not styles:
+        raise ConfigError(
+            f"parallel.tensor: the plan of {type(base).__name__} names none of its modules",
+            fix="use parallel.shard for this family",
+        )
     cut_vocabulary(model, mesh)
     layers = _layers(base)
     blocks = find_blocks(layers, styles)
@@ -82,7 +87,7 @@ def _plan_of(model: nn.Module, base: Any) -> dict[str, str]:
         raise ConfigError(
             "parallel.tensor does not cut adapters", fix="use parallel.shard, or train without model.adapter"
         )
-    return plan
+    return {**plan, **LEFT_OUT.get(base.config.get_text_config().model_type, {})}
 
 
 def _require_divisible(model: nn.Module, size: int) -> None:
