@@ -227,3 +227,26 @@ def test_processes_that_were_started_with_different_things_say_which(processes: 
         for name, message in expected.items():
             assert message in found[name]
             assert "fix: " in found[name]
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_resumed_as_one_process_does(
+    launch: Any, tmp_path: Path, workspace_dir: Path
+) -> None:
+    recipe = json.loads(write_recipe(tmp_path, {"data": 2, "timeout": 60}, steps=2).read_text())
+    settings = tmp_path / "settings.json"
+    runs = []
+    for num in (2, 2, 1):  # the last one alone, which is how it must be
+        recipe["parallel"] = {"data": num}
+        settings.write_text(
+            json.dumps({"recipe": recipe, "model": MODEL, "resume": runs[0]["run"] if runs else None})
+        )
+        (line,) = (
+            line for line in launch("fit", num, [str(settings)])[0].splitlines() if line.startswith("RESULT ")
+        )
+        runs.append(json.loads(line.removeprefix("RESULT ")))
+    assert runs == [{"run": runs[0]["run"], "status": "finished"}] * 3
+    with Workspace.open() as workspace:
+        directory = workspace.runs.get(runs[0]["run"]).dir
+        assert (directory / "model" / "model.safetensors").is_file()
+        assert not [path.name for path in directory.iterdir() if "new" in path.name or "old" in path.name]
