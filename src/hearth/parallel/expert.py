@@ -61,7 +61,7 @@ def apply_expert_parallel(model: nn.Module, world: World) -> list[nn.Module]:
     assert world.expert_mesh is not None
     modules = expert_modules(model)
     size = world.layout.expert
-    if not modules:
+    if not modules and world.layout.pipeline == 1:  # of a pipeline, some stages may have none
         raise ConfigError(
             f"parallel.expert {size}: the model has no experts that can be spread",
             fix="leave parallel.expert out, or use parallel.shard",
