@@ -89,8 +89,9 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert found.keys() == expected.keys()
     finite = expected["norms"].isfinite()
     assert torch.equal(found["norms"].isfinite(), finite)
-    for key in ("losses", "norms"):
-        torch.testing.assert_close(found.pop(key)[finite], expected.pop(key)[finite], rtol=1e-5, atol=0)
+    # torch's float32 norm of a million elements is 2e-5 off; DeepSpeed's is a float64 with offload.
+    for key, bound in (("losses", 1e-5), ("norms", 5e-5)):
+        torch.testing.assert_close(found.pop(key)[finite], expected.pop(key)[finite], rtol=bound, atol=0)
     for key, value in expected.items():
         torch.testing.assert_close(
             found[key].double(),
@@ -125,9 +126,11 @@ def test_as_one_process(
 def test_weights_and_states_rest_on_a_disk(launch: Any, tmp_path: Path) -> None:
     _require_libaio()
     folder = tmp_path / "disk"
-    expected = train(launch, tmp_path, 1, {}, model=LARGE)
+    expected = train(launch, tmp_path, 1, {}, model=LARGE, learning_rate=1e-3)
     parallel = {"engine": "deepspeed", "shard": 2, "offload": "nvme", "offload_dir": str(folder)}
-    found = train(launch, tmp_path, 2, parallel, model=LARGE)
+    found = train(launch, tmp_path, 2, parallel, model=LARGE, learning_rate=1e-3)
+    num_weights = sum(value.numel() for name, value in expected.items() if name.startswith("model."))
+    assert found.pop("disk_bytes") > 12 * num_weights  # most of the weights, twice, and of both moments
     assert_same(found, expected)
     assert list(folder.iterdir()) == []  # and nothing stays there
 
@@ -160,13 +163,12 @@ def fit(launch: Any, tmp_path: Path, num: int, parallel: dict[str, Any], **setti
 
 @needs_deepspeed
 @pytest.mark.slow
-def test_a_run_goes_on_with_and_without_deepspeed(launch: Any, tmp_path: Path, workspace_dir: Path) -> None:
+def test_a_run_of_deepspeed_goes_on_without_it(launch: Any, tmp_path: Path, workspace_dir: Path) -> None:
     straight = fit(launch, tmp_path, 1, {})
-    first = fit(launch, tmp_path, 2, {"shard": 2}, stop=2)
     parallel = {"engine": "deepspeed", "shard": 2, "offload": "cpu"}
-    second = fit(launch, tmp_path, 2, parallel, stop=5, resume=first["run"])
-    assert second["status"] == "interrupted"
-    last = fit(launch, tmp_path, 1, {"engine": "deepspeed"}, resume=first["run"])
+    first = fit(launch, tmp_path, 2, parallel, stop=3)
+    assert first["status"] == "interrupted"
+    last = fit(launch, tmp_path, 1, {}, resume=first["run"])
     assert last == {"run": first["run"], "status": "finished"}
     with Workspace.open() as workspace:
         expected, got = workspace.runs.get(straight["run"]), workspace.runs.get(last["run"])

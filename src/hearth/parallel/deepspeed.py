@@ -145,7 +145,7 @@ class DeepSpeedModule(LossModule):
         """The norm of all gradients of the step, before the update; inf where it is not finite."""
         utils: Any = importlib.import_module("deepspeed.runtime.utils")
         found: Tensor = utils.combine_grad_norm_groups(self.optimizer._get_norm_groups())
-        return found.double() / self.optimizer.loss_scale
+        return found.double() / float(self.optimizer.loss_scale)
 
     def scale(self, factor: float) -> None:
         """Multiply the gradients of the step; the next `norm` and `update` count with it."""
@@ -325,7 +325,8 @@ def _library(world: World) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     if not dist.is_initialized():  # a process alone
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = importlib.import_module("torch.distributed").HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
         atexit.register(_leave)
     library.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return library

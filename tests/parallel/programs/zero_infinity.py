@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hearth.config import Recipe
@@ -57,6 +57,31 @@ class Odd(Trainer):
         return (total * float("inf") if self.at == self.breaks_at else total), 2 * int(count)
 
 
+def state_of(trainer: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": tensor
+        for part in ("model", "optimizer")
+        for name, tensor in trainer.stateful[part].state_tensors().items()
+    }
+
+
+def state_file(trainer: Trainer, path: Path) -> Path:
+    found = state_of(trainer)
+    if trainer.world.is_main:
+        save_file({name: tensor.clone() for name, tensor in found.items()}, path)
+    trainer.world.gather(None)
+    return path
+
+
+def load_state(trainer: Any, path: Path) -> None:
+    saved = load_file(path)
+    for part in ("model", "optimizer"):
+        own = {
+            name.partition(".")[2]: tensor for name, tensor in saved.items() if name.startswith(f"{part}.")
+        }
+        trainer.stateful[part].load_state_tensors(own)
+
+
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
@@ -77,16 +102,19 @@ def main() -> None:
         )
         if isinstance(trainer, Odd):
             trainer.breaks_at = settings["breaks_at"]
-        results = [trainer.train_step(step) for step in range(settings["steps"])]
+        results = [trainer.train_step(step) for step in range(2)]
+        back = state_file(trainer, Path(sys.argv[2]).with_suffix(".state"))
+        trainer.train_step(2)  # undone by what is loaded
+        load_state(trainer, back)
+        results += [trainer.train_step(step) for step in range(2, settings["steps"])]
         evaluated = trainer.evaluate()
-        found = {
-            f"{part}.{name}": tensor
-            for part in ("model", "optimizer")
-            for name, tensor in trainer.stateful[part].state_tensors().items()
-        }
+        found = state_of(trainer)
         found["losses"] = torch.tensor([each.loss for each in results], dtype=torch.float64)
         found["norms"] = torch.tensor([each.grad_norm for each in results], dtype=torch.float64)
         found["eval"] = torch.tensor(evaluated["eval_loss"], dtype=torch.float64)
+        if recipe.parallel.offload_dir is not None:
+            files = Path(recipe.parallel.offload_dir).rglob("*.swp")
+            found["disk_bytes"] = torch.tensor(sum(file.stat().st_size for file in files))
         if world.is_main:
             save_file({name: tensor.clone() for name, tensor in found.items()}, sys.argv[2])
 
