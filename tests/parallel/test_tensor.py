@@ -101,7 +101,7 @@ def results(launch: Any, folder: Path, cases: dict[str, Any], num: int = 2) -> d
     """Everything of a model, by case and way."""
     settings, out = folder / "settings.json", folder / "out.safetensors"
     settings.write_text(json.dumps({"parallel": {"tensor": num}, "cases": cases}))
-    launch("tensor", num, [str(settings), str(out)])
+    launch("tensor", num, [str(settings), str(out)], seconds=600)
     return by_way(out)
 
 
@@ -132,6 +132,7 @@ def wrong(parts: dict[str, dict[str, Tensor]], cases: dict[str, Any]) -> dict[st
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_families_give_the_same_in_parts(launch: Any, tmp_path: Path) -> None:
     cases = {name: case_of(name, WAYS) for name in FAMILIES}
     assert not wrong(results(launch, tmp_path, cases), cases)
