@@ -92,6 +92,12 @@ RECIPES: dict[str, tuple[int, dict[str, Any], dict[str, Any], tuple[str, ...]]] 
         ("expert 2", "parallel.context 2"),
     ),
     "unequal shares": (3, {"data": 3}, {}, ("train.batch_size 8", "3 processes", "micro-batches of 2")),
+    "compiled without bubbles": (
+        2,
+        {"pipeline": 2, "schedule": "zero_bubble", "stages": 2},
+        {"compile": True},
+        ("schedule zero_bubble", "train.compile"),
+    ),
     "auto in a pipeline": (
         2,
         {"pipeline": 2},
@@ -288,15 +294,25 @@ SIZES = {
     "shared_expert_intermediate_size": 16,
     "sliding_window": 6,
 }
+# Where keys and values are compressed.
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "head_dim": 4,
+    "num_key_value_heads": 4,
+}
 
 
 def tiny(family: str) -> Any:
     """A model of four layers, whose norms do something."""
     torch.manual_seed(0)
     defaults = AutoConfig.for_model(family)
-    config = AutoConfig.for_model(
-        family, **{key: value for key, value in SIZES.items() if hasattr(defaults, key)}, **TINY
-    )
+    sizes = {key: value for key, value in SIZES.items() if hasattr(defaults, key)}
+    latent = LATENT if hasattr(defaults, "q_lora_rank") else {}
+    config = AutoConfig.for_model(family, **{**sizes, **TINY, **latent})
     config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).double().eval()
     for weight in model.parameters():
@@ -344,7 +360,9 @@ def test_processes_compute_what_one_computes(
     parallel = {"context": {"context": 2}, "expert": {"shard": 2, "expert": 2}}[kind]
     settings = tmp_path / "settings.json"
     settings.write_text(
-        json.dumps({"parallel": parallel, "families": families, "tiny": TINY, "sizes": SIZES})
+        json.dumps(
+            {"parallel": parallel, "families": families, "tiny": TINY, "sizes": SIZES, "latent": LATENT}
+        )
     )
     for text in launch("families", 2, [str(settings)], seconds=500):
         (line,) = (line for line in text.splitlines() if line.startswith("RESULT "))

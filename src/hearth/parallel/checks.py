@@ -16,10 +16,10 @@ from hearth.parallel.layout import Layout
 # differences below 1e-9: as stages of a pipeline, with positions and with experts spread over processes.
 PIPELINE_FAMILIES = frozenset(
     """
-    apertus arcee cohere cohere2 doge dots1 ernie4_5 ernie4_5_moe exaone4 flex_olmo gemma gemma2
-    gemma3_text glm glm4 glm4_moe gpt_oss granite granite_swa helium llama minimax ministral ministral3
-    mistral mixtral olmo olmo2 olmo3 phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next seed_oss
-    smollm3 starcoder2 vaultgemma
+    apertus arcee cohere cohere2 deepseek_v2 deepseek_v3 doge dots1 ernie4_5 ernie4_5_moe exaone4
+    flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe gpt_oss granite granite_swa helium llama
+    minimax ministral ministral3 mistral mixtral olmo olmo2 olmo3 phi phi3 qwen2 qwen2_moe qwen3
+    qwen3_moe qwen3_next seed_oss smollm3 starcoder2 vaultgemma
     """.split()  # noqa: SIM905 - a list of names to read
 )
 CONTEXT_FAMILIES = frozenset(

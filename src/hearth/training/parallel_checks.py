@@ -27,6 +27,12 @@ def check_recipe(recipe: Recipe, world: World) -> None:
             "DeepSpeed makes",
             fix="give a number of rows; `hearth plan` estimates what fits",
         )
+    if train.compile and section.schedule == "zero_bubble":
+        raise ConfigError(
+            "parallel.schedule zero_bubble takes the backward pass of a layer apart, which train.compile "
+            "makes one piece",
+            fix="use compile: false, or schedule: 1f1b or interleaved",
+        )
     _check_shares(recipe, layout)
     if section.reduce == "powersgd":
         _check_powersgd(recipe)

@@ -25,10 +25,8 @@ def tiny(family: str, settings: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     defaults = AutoConfig.for_model(family)
     sizes = {key: value for key, value in settings["sizes"].items() if hasattr(defaults, key)}
-    values = {**sizes, **settings["tiny"]}
-    if hasattr(defaults, "q_lora_rank"):  # attention with compressed keys and values
-        values |= {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
-        values |= {"v_head_dim": 8, "head_dim": 4, "num_key_value_heads": 4}
+    latent = settings["latent"] if hasattr(defaults, "q_lora_rank") else {}
+    values = {**sizes, **settings["tiny"], **latent}
     config = AutoConfig.for_model(family, **values)
     config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).double().eval()
