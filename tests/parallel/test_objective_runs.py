@@ -40,6 +40,7 @@ def fit(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("parallel", [{"shard": 2}, {"tensor": 2}], ids=str)
 def test_what_a_run_began_with(
     launch: Any, tmp_path: Path, workspace_dir: Path, parallel: dict[str, Any]

@@ -110,6 +110,7 @@ def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_as_one_process(launch: Any, tmp_path: Path, one_process: Any, name: str) -> None:
     num, parallel = LAYOUTS[name]

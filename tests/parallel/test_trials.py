@@ -30,6 +30,7 @@ def found_by(launch: Any, folder: Path, num: int, parallel: dict[str, Any]) -> l
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_trials_as_in_one_process(launch: Any, tmp_path: Path, name: str) -> None:
     (one,) = found_by(launch, tmp_path, 1, {})
