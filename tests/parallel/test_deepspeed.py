@@ -260,7 +260,6 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ("precision", "fp16", "fp16"),
         ("ema_decay", 0.5, "fp32"),
         ("compile", True, "fp32"),
-        ("micro_batch_size", "auto", "fp32"),
     ],
 )
 def test_what_the_loop_cannot_do_with_deepspeed_is_refused(key: str, value: Any, precision: str) -> None:

@@ -118,7 +118,6 @@ def _require_supported(section: TrainSection, precision: str) -> None:
         "precision": (precision, precision in ("fp32", "bf16"), "fp32 or bf16"),
         "ema_decay": (section.ema_decay, not section.ema_decay, "0"),
         "compile": (section.compile, not section.compile, "false"),
-        "micro_batch_size": (section.micro_batch_size, section.micro_batch_size != "auto", "a number"),
     }
     for key, (value, possible, allowed) in refused.items():
         if not possible:
