@@ -156,6 +156,8 @@ def test_autocast_rounds_no_more_in_parts(launch: Any, tmp_path: Path) -> None:
     parts = results(launch, tmp_path, {"llama": case_of("llama", HALVES)})
     for way in ("cut", "sequence"):
         for key, value in parts["llama | one"].items():
+            if key.endswith("k_proj.bias"):
+                continue  # next to nothing but rounding: attention hardly sees what all keys share
             # bfloat16 has 8 bits: sums of parts are rounded once more.
             error = (parts[f"llama | {way}"][key] - value).norm() / value.norm()
             assert error < 0.02, f"{way} {key}"
