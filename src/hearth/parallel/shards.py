@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,28 @@ def own_box(tensor: Tensor) -> tuple[slice, ...] | None:
         return None
     sizes, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(at, at + size) for at, size in zip(offset, sizes, strict=True))
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of a tensor that may still be on the disk."""
+    shapes: Mapping[str, tuple[int, ...]] | None = getattr(tensors, "shapes", None)
+    return tuple(tensors[name].shape) if shapes is None else shapes[name]
+
+
+def taken(tensors: Mapping[str, Tensor], name: str, own: Tensor) -> Tensor:
+    """A tensor, spread as ``own`` is. Of one that is on the disk no more is read than this process has."""
+    read = getattr(tensors, "read", None)
+    box = own_box(own)
+    if read is None or box is None or not isinstance(own, DTensor):
+        return like(tensors[name], own)
+    return DTensor.from_local(
+        read(name, box).to(own.device),
+        own.device_mesh,
+        own.placements,
+        run_check=False,
+        shape=own.shape,
+        stride=own.stride(),
+    )
 
 
 def like(whole: Tensor, own: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hearth.errors import IntegrityError
-from hearth.parallel.shards import like
+from hearth.parallel.shards import taken
 from hearth.training.optimizers import trainable_parameters
 
 
@@ -72,4 +72,4 @@ class WeightAverage:
             raise IntegrityError("the average of the weights in the checkpoint is of other weights")
         self.num_updates = int(tensors["|num_updates"])
         for name, average in self._averages.items():
-            average.copy_(like(tensors[name], average))
+            average.copy_(taken(tensors, name, average))

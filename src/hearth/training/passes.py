@@ -143,6 +143,8 @@ class Passes:
         self, pipeline: Pipeline, batches: Sequence[Batch], part_of: Callable[[nn.Module, int], Tensor]
     ) -> None:
         model: Any = self._trainer.model
+        for stage in pipeline.stages:  # which are copies in part
+            stage.train(model.training)
         with autocast(self._trainer.precision, self._trainer.device):
             pipeline.run(
                 [Inputs(batch.input_ids_BT, batch.position_ids_BT) for batch in batches],

@@ -29,7 +29,6 @@ from hearth.training.trackers.base import EndStatus
 from hearth.workspace.artifacts import write_atomically
 
 if TYPE_CHECKING:
-    from hearth.training.checkpoint import Checkpoint
     from hearth.training.trainer import StepResult, Trainer
     from hearth.workspace import Run, Workspace
 
@@ -152,20 +151,8 @@ class Session:
             generation = generation_config_of(trainer, trainer.model)
             write_skeleton(trainer.model, trainer.tokenizer, generation, directory)
 
-    def _newest(self) -> Checkpoint:
-        """The newest checkpoint that verifies, chosen by the main process."""
-        world = self.trainer.world
-        found: list[Checkpoint] = []
-
-        def choose() -> Path:
-            found.append(self.store.load_newest())
-            return found[0].path
-
-        path = world.on_main(choose)
-        return found[0] if found else self.store.load(path)
-
     def _load(self, run: Run) -> None:
-        checkpoint = self._newest()
+        checkpoint = self.store.load_newest()
         self.trainer.load_checkpoint(checkpoint)
         inexact = self.trainer.identity.inexact(checkpoint)
         if inexact and self.trainer.world.is_main:
@@ -176,6 +163,8 @@ class Session:
         run.discard_metrics_after(checkpoint.step)
 
     def _warn(self, message: str) -> None:
+        if not self.trainer.world.is_main:
+            return
         TrainingProgress(first_step=0, total_steps=0, enabled=False).warn(message)
 
     def _say(self, message: str) -> None:

@@ -76,7 +76,7 @@ def main() -> None:
             status = "interrupted"
         assert trainer.run is not None
         if world.is_main:
-            print("RESULT", json.dumps({"run": trainer.run.id, "status": status}))
+            print("RESULT", json.dumps({"run": trainer.run.id, "status": status}))  # noqa: T201
 
 
 if __name__ == "__main__":

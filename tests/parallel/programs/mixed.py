@@ -49,7 +49,8 @@ def main() -> None:
             seen.add(f"hidden {inputs[0].dtype}")
 
         layer.mlp.register_forward_pre_hook(look)
-        trainer = Trainer(model=model, train_dataset=make_rows(64), config=recipe, world=world, progress=False)
+        rows = make_rows(64)
+        trainer = Trainer(model=model, train_dataset=rows, config=recipe, world=world, progress=False)
         results = [trainer.train_step(step) for step in range(8)]
         kept = {str(weight.dtype) for weight in trainer.model.parameters()}
         if world.is_main:

@@ -185,6 +185,8 @@ def main() -> None:
     section = Recipe.model_validate({"parallel": settings["parallel"]}).parallel
     with joined(section, torch.device("cpu")) as world:
         found = train_by_each(settings["cases"], settings["parallel"], world)
+        # In a pipeline each process has some of the weights.
+        found = {key: value for part in world.gather(found) for key, value in part.items()}
         if world.is_main:
             save_file(found, sys.argv[2])
 

@@ -33,6 +33,20 @@ def test_positions_of_whole_sequences(objective: str) -> None:
         make_objective(recipe_of(objective, allowed)).check([])
 
 
+@pytest.mark.parametrize("objective", ["dpo", "ipo", "kto"])
+def test_a_pipeline_has_no_whole_reference(objective: str) -> None:
+    train = {"objective": objective, "preference": {"reference": "model"}}
+    recipe = Recipe.model_validate({"train": train, "parallel": {"pipeline": 2}})
+    with pytest.raises(ConfigError, match=r"reference is model, but parallel\.pipeline is 2"):
+        make_objective(recipe).check([])
+    make_objective(recipe_of(objective, {"pipeline": 2})).check([])
+
+
+def test_no_stage_has_the_head_of_a_reward_model() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.pipeline is 2, but reward"):
+        make_objective(recipe_of("reward", {"pipeline": 2})).check([])
+
+
 @pytest.mark.parametrize("objective", ["grpo", "ppo"])
 def test_rollouts_need_the_whole_model(objective: str) -> None:
     with pytest.raises(ConfigError, match=f"parallel.pipeline is 2, but {objective}"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hearth.errors import IntegrityError
-from hearth.parallel.shards import like
+from hearth.parallel.shards import shape_of, taken
 from hearth.training.optimizers import load_optimizer_tensors, optimizer_tensors
 
 
@@ -26,14 +26,14 @@ class Weights:
     def load_state_tensors(self, tensors: Mapping[str, Tensor], /) -> None:
         """Copy into the weights. Raises IntegrityError for names or shapes of another model."""
         weights = self._weights()
-        own = {name: weight.shape for name, weight in weights.items()}
-        saved = {name: tensor.shape for name, tensor in tensors.items()}
+        own = {name: tuple(weight.shape) for name, weight in weights.items()}
+        saved = {name: shape_of(tensors, name) for name in tensors}
         if own != saved:
             name = min(name for name, _ in own.items() ^ saved.items())
             raise IntegrityError(f"the checkpoint holds the weights of another model: {name} differs")
         with torch.no_grad():
             for name, weight in weights.items():
-                weight.copy_(like(tensors[name], weight))
+                weight.copy_(taken(tensors, name, weight))
 
 
 class OptimizerState:

@@ -49,31 +49,46 @@ class ShardedTensors(Mapping[str, Tensor]):
 
     def __init__(self, files: list[Path]) -> None:
         self._boxes: dict[str, list[_Box]] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[Path, Any] = {}  # open, as long as somebody may ask
+        self.shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
-            with safe_open(path, framework="pt") as file:
-                places: dict[str, Any] = json.loads((file.metadata() or {}).get(PLACES, "{}"))
-                for name in file.keys():  # noqa: SIM118 - no mapping
-                    size = tuple(file.get_slice(name).get_shape())
-                    shape, offset = places.get(name, (size, (0,) * len(size)))
-                    self._shapes[name] = tuple(shape)
-                    self._boxes.setdefault(name, []).append(_Box(path, tuple(offset), size))
+            file: Any = safe_open(path, framework="pt")
+            self._files[path] = file
+            places: dict[str, Any] = json.loads((file.metadata() or {}).get(PLACES, "{}"))
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                size = tuple(file.get_slice(name).get_shape())
+                shape, offset = places.get(name, (size, (0,) * len(size)))
+                self.shapes[name] = tuple(shape)
+                self._boxes.setdefault(name, []).append(_Box(path, tuple(offset), size))
 
     def __getitem__(self, name: str) -> Tensor:
-        boxes, shape = self._boxes[name], self._shapes[name]
-        whole: Tensor | None = None
+        return self.read(name, tuple(slice(0, size) for size in self.shapes[name]))
+
+    def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
+        """A part of a tensor. Raises IntegrityError where files have only some of it."""
+        found: Tensor | None = None
         num = 0
-        for box in boxes:
-            with safe_open(box.path, framework="pt") as file:
-                part: Tensor = file.get_tensor(name)
-            if box.size == shape:
-                return part
-            whole = torch.empty(shape, dtype=part.dtype) if whole is None else whole
-            whole[tuple(slice(at, at + n) for at, n in zip(box.offset, box.size, strict=True))] = part
-            num += part.numel()
-        if whole is None or num != whole.numel():
-            raise IntegrityError(f"{boxes[0].path.parent} has only {num} elements of {name} {list(shape)}")
-        return whole
+        for part in self._boxes[name]:
+            shared = [
+                (max(want.start, at), min(want.stop, at + size))
+                for want, at, size in zip(box, part.offset, part.size, strict=True)
+            ]
+            if any(first >= last for first, last in shared):
+                continue
+            there = tuple(slice(a - at, b - at) for (a, b), at in zip(shared, part.offset, strict=True))
+            values: Tensor = self._files[part.path].get_slice(name)[there or ...]
+            if all(span == (want.start, want.stop) for span, want in zip(shared, box, strict=True)):
+                return values
+            if found is None:
+                found = torch.empty([want.stop - want.start for want in box], dtype=values.dtype)
+            found[tuple(slice(a - w.start, b - w.start) for (a, b), w in zip(shared, box, strict=True))] = (
+                values
+            )
+            num += values.numel()
+        if found is None or num != found.numel():
+            folder = self._boxes[name][0].path.parent
+            raise IntegrityError(f"{folder} has only {num} elements of {name} {list(self.shapes[name])}")
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._boxes)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from hearth.errors import ConfigError
-from hearth.parallel.shards import part_to_write
+from hearth.parallel.shards import part_to_write, shape_of
 from hearth.parallel.world import World
 from hearth.training.checkpoint.sharded import Place
 
@@ -88,6 +88,17 @@ class _Selected(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         return self._tensors[name]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By name."""
+        return {name: shape_of(self._tensors, name) for name in self._names}
+
+    def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
+        """A part of a tensor."""
+        read = getattr(self._tensors, "read", None)
+        found: Tensor = self._tensors[name][box] if read is None else read(name, box)
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hearth.errors import IntegrityError, NotFoundError, StorageError
@@ -51,11 +50,7 @@ class _Groups(Mapping[str, Mapping[str, Tensor]]):
         self._directory, self._files = directory, files
 
     def __getitem__(self, name: str) -> Mapping[str, Tensor]:
-        files = [self._directory / file for file in self._files.get(name, ())]
-        if len(files) == 1 and files[0].stem == name:
-            tensors: dict[str, Tensor] = load_file(files[0])
-            return tensors
-        return ShardedTensors(files)
+        return ShardedTensors([self._directory / file for file in self._files.get(name, ())])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -294,23 +289,20 @@ class CheckpointStore:
         path = self.root / name if name and _NAME.fullmatch(name) else None
         return path if path is not None and path.is_dir() else None
 
-    def verify(self, path: Path) -> Manifest:
-        """Compare size and SHA-256 of every file with the manifest. Raises IntegrityError."""
-        manifest = read_manifest(path)
-        try:
-            for name, facts in manifest.files.items():
-                size = (path / name).stat().st_size
-                if size != facts.bytes:
-                    raise IntegrityError(f"{path / name} has {size} bytes, its manifest says {facts.bytes}")
-                if hash_file(path / name) != facts.sha256:
-                    raise IntegrityError(f"{path / name} does not match the SHA-256 of its manifest")
-        except OSError as error:
-            raise IntegrityError(f"checkpoint {path} cannot be read: {error}") from error
+    def verify(self, path: Path, together: Together | None = None) -> Manifest:
+        """Compare size and SHA-256 of every file with the manifest. Raises IntegrityError.
+
+        ``together``: processes that share the files out among them, and all raise what one has found.
+        """
+        where = together or Alone()
+        manifest = in_all(where, lambda: read_manifest(path))[0]
+        own = sorted(manifest.files)[where.rank :: where.size]
+        in_all(where, lambda: _compare(path, {name: manifest.files[name] for name in own}))
         return manifest
 
-    def load(self, path: Path) -> Checkpoint:
-        """Verify one checkpoint and open it. Raises IntegrityError."""
-        manifest = self.verify(path)
+    def load(self, path: Path, together: Together | None = None) -> Checkpoint:
+        """Verify one checkpoint and open it. Raises IntegrityError. ``together``: as in `verify`."""
+        manifest = self.verify(path, together)
         if checkpoint_step(path) != manifest.step:
             raise IntegrityError(f"{path} holds the checkpoint of step {manifest.step}")
         self._sound[path.name] = manifest.files
@@ -339,20 +331,21 @@ class CheckpointStore:
     def load_newest(self) -> Checkpoint:
         """The newest checkpoint that verifies; what had to be passed over is reported through ``warn``.
 
-        Raises NotFoundError when there is none at all, IntegrityError when none verifies.
+        All processes of the store must ask. Raises NotFoundError when there is none at all, IntegrityError
+        when none verifies.
         """
-        self._restore_replaced()
-        return self._newest()
+        in_first(self._together, self._restore_replaced)
+        return self._newest(self._together)
 
-    def _newest(self) -> Checkpoint:
-        candidates = self.list()
+    def _newest(self, together: Together | None = None) -> Checkpoint:
+        candidates = in_first(together or Alone(), self.list)
         if not candidates:
             raise NotFoundError(
                 f"no checkpoint in {self.root}", fix="the run stopped before its first one: start it again"
             )
         for path in candidates:
             try:
-                checkpoint = self.load(path)
+                checkpoint = self.load(path, together)
             except IntegrityError as error:
                 self._warn(f"checkpoint {path.name} is damaged and is not used: {error.message}")
                 continue
@@ -384,6 +377,18 @@ def write_snapshot(
     if where.rank == 0:
         files[STATE] = write_bytes(directory / STATE, snapshot.state, cancelled)
     return files
+
+
+def _compare(directory: Path, files: Mapping[str, FileFacts]) -> None:
+    try:
+        for name, facts in files.items():
+            size = (directory / name).stat().st_size
+            if size != facts.bytes:
+                raise IntegrityError(f"{directory / name} has {size} bytes, its manifest says {facts.bytes}")
+            if hash_file(directory / name) != facts.sha256:
+                raise IntegrityError(f"{directory / name} does not match the SHA-256 of its manifest")
+    except OSError as error:
+        raise IntegrityError(f"checkpoint {directory} cannot be read: {error}") from error
 
 
 def _remove(path: Path) -> None:

@@ -83,6 +83,13 @@ class PreferenceObjective(Objective):
                 "train.preference.reference is adapter, but the recipe has no model.adapter",
                 fix="add model.adapter, or use reference: precompute or model",
             )
+        stages = self.config.parallel.pipeline
+        if self.has_reference and stages > 1 and self.settings.reference == "model":
+            raise ConfigError(
+                f"train.preference.reference is model, but parallel.pipeline is {stages}: no process could "
+                "compare a whole copy",
+                fix="use reference: precompute",
+            )
 
     def rows(self, dataset: Any, split: str) -> Rows | None:
         """The samples of a split. Raises DataError where the answers of the first pairs are all the same."""

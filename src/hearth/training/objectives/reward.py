@@ -67,6 +67,7 @@ class RewardModel(PreferenceObjective):
     def check(self, dataset: Any) -> None:
         """Refuse a token loss besides: a reward model has no output layer."""
         super().check(dataset)
+        self.refuse("scores with a head that no stage has", "pipeline")
         if self.settings.sft_weight:
             raise ConfigError(
                 f"train.preference.sft_weight is {self.settings.sft_weight}, but this model has no tokens",

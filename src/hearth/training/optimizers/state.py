@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hearth.errors import ConfigError, IntegrityError
-from hearth.parallel.shards import like
+from hearth.parallel.shards import shape_of, taken
 from hearth.training.optimizers.adamw8bit import AdamW8bit
 from hearth.training.optimizers.groups import trainable_parameters
 from hearth.training.optimizers.lion import Lion
@@ -46,10 +45,10 @@ def load_optimizer_tensors(
     Raises IntegrityError when the state belongs to other weights, ConfigError when it is the state of another
     optimizer.
     """
-    states: dict[str, dict[str, Any]] = {}
-    for key, value in tensors.items():
+    states: dict[str, dict[str, str]] = {}  # weight, field → key
+    for key in tensors:
         name, _, field = key.rpartition("|")
-        states.setdefault(name, {})[field] = value
+        states.setdefault(name, {})[field] = key
     weights = trainable_parameters(model)
     unknown = [name for name in states if name not in weights]
     if unknown:
@@ -63,14 +62,15 @@ def load_optimizer_tensors(
         # Fused AdamW counts on the device; the others read their count every step, so it stays on the host.
         fused = isinstance(optimizer, torch.optim.AdamW | MuonWithAdamW)
         optimizer.state[weight] = {
-            field: value if field == "step" and not fused else _placed(value, weight)
-            for field, value in state.items()
+            field: tensors[key] if field == "step" and not fused else _placed(tensors, key, weight)
+            for field, key in state.items()
         }
 
 
-def _placed(value: Tensor, weight: Tensor) -> Tensor:
+def _placed(tensors: Mapping[str, Tensor], key: str, weight: Tensor) -> Tensor:
     """A value on the device of its weight, spread as that is where it has the same shape."""
-    return like(value, weight) if value.shape == weight.shape else value.to(weight.device)
+    alike = shape_of(tensors, key) == tuple(weight.shape)
+    return taken(tensors, key, weight) if alike else tensors[key].to(weight.device)
 
 
 def _require_same_kind(optimizer: torch.optim.Optimizer, name: str, fields: set[str]) -> None:
