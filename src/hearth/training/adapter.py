@@ -125,10 +125,16 @@ def merge_adapter(model: PeftModel, load_base: Callable[[], PreTrainedModel]) ->
     return merged_into(load_base(), config, adapter_weights(model))
 
 
-def merged_into(base: PreTrainedModel, config: LoraConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+def merged_into(
+    base: PreTrainedModel,
+    config: LoraConfig,
+    weights: Mapping[str, Tensor],
+    adapter_dir: Path | None = None,
+) -> PreTrainedModel:
     """``base``, changed in place, with an adapter of these weights merged into it.
 
-    Raises ValueError where names or shapes are not those that ``config`` leads to.
+    ``adapter_dir``: where to save the adapter, too. Raises ValueError where names or shapes are not those
+    that ``config`` leads to.
     """
     model = wrap(base, config)
     own = adapter_weights(model)
@@ -137,6 +143,8 @@ def merged_into(base: PreTrainedModel, config: LoraConfig, weights: Mapping[str,
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(weights[name])
+    if adapter_dir is not None:
+        save_adapter(model, adapter_dir)
     return cast(PreTrainedModel, model.merge_and_unload())
 
 

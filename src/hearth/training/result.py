@@ -60,9 +60,12 @@ def _leave_from_checkpoint(
     step = "best" if patient else trainer.state.step
     fresh = run.dir / ".model.new"  # a run that is resumed at its end has a model already
     shutil.rmtree(fresh, ignore_errors=True)
-    written = export_checkpoint(run, fresh, step=step, workspace=workspace)
+    adapter_dir = None if trainer.config.model.adapter is None else run.dir / "adapter"
+    written = export_checkpoint(run, fresh, step=step, workspace=workspace, adapter_dir=adapter_dir)
     replace_directory(fresh, run.dir / "model")
-    facts = {"model_dir": str(run.dir / "model"), "model_step": written.step}
+    facts: dict[str, Any] = {"model_dir": str(run.dir / "model"), "model_step": written.step}
+    if adapter_dir is not None:
+        facts["adapter_dir"] = str(adapter_dir)
     return facts | _registered(trainer, run, workspace)
 
 

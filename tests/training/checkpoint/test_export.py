@@ -73,8 +73,10 @@ def test_an_adapter_is_merged(train_parts: MakeTrainer, workspace: Workspace, tm
     base = train_parts().fit().dir / "model"
     sections = {**SECTIONS, "model": {"size": None, "base": str(base), "adapter": {"rank": 4, "alpha": 8}}}
     run = train_parts(**sections).fit()
-    export_checkpoint(run, tmp_path / "last", workspace=workspace)
+    export_checkpoint(run, tmp_path / "last", workspace=workspace, adapter_dir=tmp_path / "adapter")
     assert files(tmp_path / "last") == files(run.dir / "model")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "adapter" / name).read_bytes() == (run.dir / "adapter" / name).read_bytes()
     export_checkpoint(run, tmp_path / "second", step=2, workspace=workspace)
     assert files(tmp_path / "second")["model.safetensors"] != files(tmp_path / "last")["model.safetensors"]
     # The adapter of another base would give a model that nobody has trained.

@@ -72,11 +72,13 @@ def export_checkpoint(
     *,
     step: int | str = "latest",
     workspace: Workspace | None = None,
+    adapter_dir: Path | None = None,
 ) -> Exported:
     """Write a checkpoint of a run as a plain Hugging Face directory; an adapter is merged into its base.
 
     ``run``: a run or its id, it may go on meanwhile; ``step``: a step, ``best`` or ``latest``. The bytes
-    of the checkpoint are verified first, and ``out_dir`` appears by one rename. Raises NotFoundError (no such
+    of the checkpoint are verified first, and ``out_dir`` appears by one rename. ``adapter_dir``: where the
+    adapter goes by itself, if there is one. Raises NotFoundError (no such
     run or checkpoint), IntegrityError (damaged, or another base than the adapter was trained on), ConfigError
     (something is at ``out_dir``), StorageError.
     """
@@ -104,7 +106,7 @@ def export_checkpoint(
             _require(checkpoint, "base", base_hash(base_dir), f"the base model {base_dir}")
             # Some objectives train another head than that of the base.
             base = make_objective(recipe).adapt_model(load_model(base_dir, dtype=torch.float32))
-            model, weights = _merged(checkpoint, skeleton, base), None
+            model, weights = _merged(checkpoint, skeleton, base, adapter_dir), None
         else:
             model, weights = _plain(checkpoint, skeleton)
     has_defaults = (skeleton / "generation_config.json").is_file()
@@ -136,7 +138,9 @@ def _plain(checkpoint: Checkpoint, skeleton: Path) -> tuple[Any, Mapping[str, Te
     return model, None
 
 
-def _merged(checkpoint: Checkpoint, skeleton: Path, base: PreTrainedModel) -> nn.Module:
+def _merged(
+    checkpoint: Checkpoint, skeleton: Path, base: PreTrainedModel, adapter_dir: Path | None
+) -> nn.Module:
     """The base with the adapter of a checkpoint merged into its full-precision weights."""
     from peft import LoraConfig
 
@@ -144,7 +148,7 @@ def _merged(checkpoint: Checkpoint, skeleton: Path, base: PreTrainedModel) -> nn
 
     try:
         config = LoraConfig.from_pretrained(str(skeleton))
-        merged: nn.Module = merged_into(base, config, dict(_Final(checkpoint)))
+        merged: nn.Module = merged_into(base, config, dict(_Final(checkpoint)), adapter_dir)
     except ValueError as error:
         raise IntegrityError(f"checkpoint {checkpoint.path} does not fit its run: {error}") from error
     return merged
