@@ -97,6 +97,13 @@ def test_kubernetes_pods_have_a_workspace_of_their_own(hearth: Hearth, recipe: P
         (["RECIPE", "--on", "kubernetes"], "--on kubernetes needs an image"),
         (["RECIPE", "--on", "azureml"], "--on azureml needs an environment"),
         (["RECIPE", "train.stepz=1"], "stepz"),
+        (["RECIPE", "--name", "7b"], "--name '7b' cannot name a job"),
+        (["RECIPE", "--env", "RANK=1"], "--env RANK is set by the launcher"),
+        (
+            ["RECIPE", "--time-limit", "1h", "--image", "i:1"],
+            "--on local makes no use of --image, --time-limit",
+        ),
+        (["RECIPE", "--on", "slurm", "--image", "i:1"], "--on slurm makes no use of --image"),
         (["RECIPE", "parallel.tensor=4", "--processes", "2"], "2 processes cannot be laid out"),
     ],
 )
@@ -164,6 +171,54 @@ def test_help_is_that_of_starting_a_job(hearth: Hearth) -> None:
     assert "status JOB" in done.out
     assert " launch [OPTIONS] [RECIPE]" in re.sub(r"\s+", " ", done.out)
     assert "--json" in hearth("launch", "status", "--help").out
+
+
+def test_a_run_to_resume_must_be_there_and_fit(hearth: Hearth, recipe: Path, workspace_dir: Path) -> None:
+    from hearth.workspace import Workspace
+
+    with Workspace.open(workspace_dir) as workspace:
+        run = workspace.runs.create("train", name="r")
+        (run.dir / "recipe.yaml").write_text("parallel: {shard: 2}\n")
+        run.finish("interrupted")
+    done = hearth("launch", "--resume", "nowhere")
+    assert (done.code, "no run 'nowhere'" in done.err) == (2, True)
+    done = hearth("launch", "--resume", run.id, "--processes", 3)
+    assert (done.code, "3 processes cannot be laid out" in done.err) == (2, True)
+    done = hearth("launch", "--resume", run.id, "--processes", 2, "--dry-run")
+    assert done.code == 0, done.err
+    assert f"run {run.id} is there" in done.err
+    assert not (workspace_dir / "jobs").exists()
+
+
+def test_values_of_variables_are_not_listed(hearth: Hearth, workspace_dir: Path) -> None:
+    spec = JobSpec("tiny-1", "r.yaml", str(workspace_dir), environment=(("HF_TOKEN", "hf_secret"),))
+    JobStore(workspace_dir).create("local", spec, Rendered())
+    done = hearth("launch", "list", "--json")
+    assert done.json[0]["spec"]["environment"] == ["HF_TOKEN"]
+    assert "hf_secret" not in done.out
+
+
+def test_a_job_asked_to_end_is_not_called_ended_before(
+    hearth: Hearth, workspace_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm's commands in shell: the job runs until somebody removes the file."""
+    store, alive = JobStore(workspace_dir), tmp_path / "alive"
+    store.create("slurm", JobSpec("tiny-1", "r.yaml", str(workspace_dir)), Rendered())
+    store.update(store.get("tiny-1"), handle={"slurm_job": "7"}, state="pending")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    state = f"[ -e {alive} ] && echo JobState=RUNNING || echo JobState=FAILED"
+    for name, text in {"scontrol": state, "scancel": "true"}.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    alive.touch()
+    assert "asked Slurm job 7" in hearth("launch", "cancel", "tiny-1").out
+    assert hearth("launch", "status", "tiny-1", "--json").json["state"] == "running"
+    assert "asked Slurm job 7" in hearth("launch", "cancel", "tiny-1").out  # and may be asked again
+    alive.unlink()
+    assert hearth("launch", "status", "tiny-1", "--json").json["state"] == "cancelled"
+    assert "has ended already: cancelled" in hearth("launch", "cancel", "tiny-1").err
 
 
 @pytest.mark.slow

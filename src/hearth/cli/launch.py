@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hearth.parallel.launch.jobs import Job, JobStore
     from hearth.parallel.launch.spec import JobSpec
 
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+_NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")  # a service in Kubernetes begins with a letter
 _MAX_NAME = 40  # clusters add to it, and a name in Kubernetes has at most 63 letters
 
 
@@ -141,13 +141,14 @@ def _tell_end(job: Job, done: Submitted, *, as_json: bool) -> None:
     }
     if as_json:
         print_json(facts)
-    going_on = None if run is None else f"hearth launch --resume {run.id} --on {job.backend} …"
+    going_on = None if run is None else f"hearth launch --resume {run.id} {_shape(job)}"
     if done.state == "interrupted":
         raise Interrupted(f"job {job.name} was interrupted", fix=going_on and f"go on with: {going_on}")
     if done.state == "failed":
-        restarts = done.facts.get("restarts", 0)
+        # torchrun restarts by itself, and does not say how often.
+        tries = f" after {done.facts['restarts']} restarts" if "restarts" in done.facts else ""
         raise TrainingError(
-            f"job {job.name} failed after {restarts} restarts: {job.detail}",
+            f"job {job.name} failed{tries}: {job.detail}",
             fix=f"read its logs: hearth launch logs {job.name}"
             + (f"; go on with: {going_on}" if going_on else ""),
         )
@@ -157,6 +158,16 @@ def _tell_end(job: Job, done: Submitted, *, as_json: bool) -> None:
         print_table(("what", ""), [(label, value) for label, value in shown if value])
         if not done.has_ended:
             note(f"hearth launch status {job.name}   hearth launch logs {job.name}")
+
+
+def _shape(job: Job) -> str:
+    """The options that give a job the same processes again."""
+    spec = job.spec
+    where = "" if job.backend == "local" else f"--on {job.backend} "
+    if spec.nodes > 1:
+        return f"{where}--nodes {spec.nodes} --processes-per-node {spec.processes} …"
+    gpus = f" --gpus-per-node {spec.resources.gpus}" if spec.resources.gpus else ""
+    return f"{where}--processes {spec.processes}{gpus}"
 
 
 def _spec(
@@ -187,7 +198,7 @@ def _spec(
         raise ConfigError(f"there is no recipe {recipe}", fix="give the path of a YAML or TOML file")
     _check_together(backend, processes, nodes, gpus_per_node, processes_per_node, name, workspace)
     each = next((n for n in (processes, processes_per_node, gpus_per_node or None) if n is not None), 1)
-    return JobSpec(
+    spec = JobSpec(
         name=_checked_name(name, recipe),
         recipe=None if recipe is None else str(Path(recipe).absolute()),
         overrides=overrides,
@@ -205,6 +216,21 @@ def _spec(
         options=tuple(parse_pairs(options, f"--on {backend.name} --option", allowed=backend.OPTIONS).items()),
         **rest,
     )
+    _refuse_unused(backend, spec)
+    return spec
+
+
+def _refuse_unused(backend: Backend, spec: JobSpec) -> None:
+    """What a backend cannot give is not left out in silence."""
+    given = {
+        "--image": spec.image is not None,
+        "--time-limit": spec.time_limit is not None,
+        "--cpus-per-node": spec.resources.cpus is not None,
+        "--memory-per-node": spec.resources.memory is not None,
+        "--no-requeue": not spec.requeue,
+    }
+    if unused := [option for option, is_given in given.items() if is_given and option in backend.UNUSED]:
+        raise ConfigError(f"--on {backend.name} makes no use of {', '.join(unused)}", fix="leave it out")
 
 
 def _check_together(
@@ -240,11 +266,12 @@ def _checked_name(name: str | None, recipe: str | None) -> str:
 
     if name is None:
         stem = re.sub(r"[^a-z0-9]+", "-", Path(recipe or "resume").stem.lower()).strip("-")
-        return f"{stem[: _MAX_NAME - 9].rstrip('-') or 'job'}-{new_id()}"
+        stem = stem if stem[:1].isalpha() else f"job-{stem}"
+        return f"{stem[: _MAX_NAME - 9].rstrip('-')}-{new_id()}"
     if not _NAME.fullmatch(name) or len(name) > _MAX_NAME:
         raise ConfigError(
             f"--name {name!r} cannot name a job",
-            fix=f"use at most {_MAX_NAME} lowercase letters and digits, with '-' between them",
+            fix=f"use at most {_MAX_NAME} lowercase letters and digits, a letter first, with '-' between",
         )
     return name
 
@@ -258,10 +285,15 @@ def _store() -> JobStore:
 
 def _status(job: Job) -> JobStatus:
     from hearth.parallel.launch.backend import JobStatus, get_backend
+    from hearth.parallel.launch.spec import ENDED
 
-    if job.state in ("finished", "failed", "interrupted", "cancelled"):
+    if job.state in ENDED - {"cancelled"}:
         return JobStatus(job.state, job.detail)
-    return get_backend(job.backend).status(job)
+    found = get_backend(job.backend).status(job)
+    # A job that was asked to end may take its time to save, or not hear.
+    if job.state == "cancelled" and found.state not in ("pending", "running"):
+        return JobStatus("cancelled", found.detail)
+    return found
 
 
 @launch.command(name="list")
@@ -270,7 +302,7 @@ def list_jobs(as_json: bool) -> None:
     """List the jobs of this workspace, newest first, as their records say."""
     jobs = _store().list()
     if as_json:
-        print_json([{"job": job.name, **job.to_dict()} for job in jobs])
+        print_json([{"job": job.name, **job.to_dict(), "spec": job.spec.to_public_dict()} for job in jobs])
         return
     if not jobs:
         note("no jobs yet; `hearth launch RECIPE` starts one")
@@ -325,11 +357,12 @@ def logs(job_name: str) -> None:
 def cancel(job_name: str) -> None:
     """Stop the job JOB; where the backend allows, it saves a checkpoint first."""
     from hearth.parallel.launch.backend import get_backend
+    from hearth.parallel.launch.spec import ENDED
 
     store = _store()
     job = store.get(job_name)
     found = _status(job)
-    if found.state in ("finished", "failed", "interrupted", "cancelled"):
+    if found.state in ENDED:
         note(f"job {job.name} has ended already: {found.state}")
         return
     click.echo(get_backend(job.backend).cancel(job))

@@ -18,6 +18,8 @@ def test_who_only_lost_a_connection_is_not_blamed() -> None:
     # Rank 1 is slow to write its traceback; rank 0 has ended before.
     assert first_death([Death(0, 1.0, 1, LOST), Death(1, 1.2, 1, "ValueError: no number")]).rank == 1
     assert first_death([Death(0, 1.0, 1, LOST), Death(1, 1.1, -9, "")]).rank == 1
+    gave_up = "rank 0 of 2 lost a process in step 14 of 40: Timed out waiting 15000ms for send operation"
+    assert first_death([Death(0, 1.0, 1, gave_up), Death(1, 1.1, 1, "MemoryError")]).rank == 1
     # Where all have lost the connection, a network failed, and the first is as good as any.
     assert first_death([Death(0, 1.0, 1, LOST), Death(1, 0.9, 1, LOST)]).rank == 1
 

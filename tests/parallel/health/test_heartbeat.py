@@ -86,6 +86,16 @@ def test_what_is_no_heartbeat_is_left_out(tmp_path: Path) -> None:
     assert list(read_beats(tmp_path)) == [0]
 
 
+def test_what_an_earlier_job_of_the_run_left_is_removed_by_rank_0(tmp_path: Path) -> None:
+    for rank in range(4):
+        Heartbeat(tmp_path, run_id="r1", rank=rank).beat(900, "training")
+    (tmp_path / "health" / ".rank-3.json.77").write_text("{")  # of a writer that was killed
+    Heartbeat(tmp_path, run_id="r1", rank=1)
+    assert sorted(read_beats(tmp_path)) == [0, 1, 2, 3]
+    Heartbeat(tmp_path, run_id="r1", rank=0)
+    assert list((tmp_path / "health").iterdir()) == []
+
+
 def test_rank_0_tells_the_launcher_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = tmp_path / "jobs" / "j"
     monkeypatch.setenv("HEARTH_JOB_DIR", str(job))

@@ -26,6 +26,7 @@ run_dir.mkdir(exist_ok=True)
 found = read_run(job_dir)
 first = int((run_dir / "latest").read_text()) if found is not None and found.has_checkpoint else 0
 orders = [order.split(":") for order in sys.argv[1:] if order.count(":") == 2]
+is_impatient = any(what == "impatient" and int(who) == rank for what, who, _at in orders)
 stopping: list[int] = []
 agreed = job_dir / f"stop-{os.environ['MASTER_PORT']}"  # the step after which all stop
 signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
@@ -39,8 +40,13 @@ def together(step: int) -> None:
     """Wait until all are at this step, as in a collective."""
     with reached(step).open("a") as file:
         file.write("x")
+    begun = time.monotonic()
     while len(reached(step).read_text()) < size:
         time.sleep(0.005)
+        if is_impatient and time.monotonic() - begun > 1.0:
+            raise RuntimeError(
+                f"rank {rank} of {size} lost a process in step {step}: Timed out waiting 1000ms"
+            )
 
 
 def misbehave(what: str) -> None:

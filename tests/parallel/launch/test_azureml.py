@@ -45,6 +45,17 @@ def test_the_job_has_a_process_for_each_rank_and_keeps_its_workspace(cloud_spec:
         f"HEARTH_HOME={WORKSPACE} HEARTH_JOB_DIR={WORKSPACE}/jobs/job-1 "
         "python -m hearth.parallel.launch.start recipe.yaml train.steps=9"
     )
+
+
+def test_no_name_of_a_recipe_takes_the_place_of_the_job(cloud_spec: Make, tmp_path: Path) -> None:
+    recipe = tmp_path / "job.yml"
+    recipe.write_text("train: {steps: 7}\n")
+    rendered = AzureBackend().render(cloud_spec(recipe=str(recipe)))
+    assert "hearth.parallel.launch.start recipe.yml" in yaml.safe_load(rendered.files["job.yml"])["command"]
+    assert rendered.files["recipe.yml"] == "train: {steps: 7}\n"
+
+
+def test_the_recipe_travels_with_the_job(cloud_spec: Make) -> None:
     assert AzureBackend().render(cloud_spec()).files["recipe.yaml"] == "train: {steps: 5}\n"
 
 

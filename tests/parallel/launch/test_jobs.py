@@ -41,7 +41,23 @@ def test_a_name_is_taken_once_but_for_nodes_that_share_a_job(tmp_path: Path) -> 
     with pytest.raises(ConflictError, match="there is a job a already"):
         store.create("slurm", spec("a"), Rendered())
     store.create("torchrun", spec("b", nodes=2), Rendered())
-    store.create("torchrun", spec("b", nodes=2), Rendered())
+    job = store.create("torchrun", spec("b", nodes=2), Rendered())
+    # Once it has ended its name is taken: a new job would go on with the run of the old one.
+    store.update(job, state="failed")
+    with pytest.raises(ConflictError, match="there is a job b already"):
+        store.create("torchrun", spec("b", nodes=2), Rendered())
+
+
+def test_of_two_launches_at_the_same_time_one_gets_the_name(tmp_path: Path) -> None:
+    """The other one sees a folder, though no record is in it yet."""
+    (tmp_path / "jobs" / "a").mkdir(parents=True)
+    with pytest.raises(ConflictError, match=r"there is a job a already\n"):
+        JobStore(tmp_path).create("slurm", spec("a"), Rendered())
+
+
+def test_others_cannot_read_what_was_submitted(tmp_path: Path) -> None:
+    job = JobStore(tmp_path).create("slurm", spec("a"), Rendered({"job.sbatch": "export HF_TOKEN=x"}))
+    assert job.dir.stat().st_mode & 0o077 == 0
 
 
 def test_a_broken_record_and_a_folder_that_cannot_be_written_are_told(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,31 @@ def test_pods_find_recipe_workspace_and_each_other(pod_spec: Make, kind: str, tm
         assert (container["numNodes"], container["numProcPerNode"]) == (2, 8)
     resources = container["resourcesPerNode" if kind == "trainjob" else "resources"]
     assert resources["limits"] == {"cpu": "64", "memory": "1024Mi", "nvidia.com/gpu": "8"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_looks_like_a_variable_of_kubernetes_reaches_the_process(
+    pod_spec: Make, kind: str, tmp_path: Path
+) -> None:
+    spec = pod_spec(kind, overrides=("track.name=$(A)",), environment=(("A", "1"), ("B", "$(A)")))
+    container = container_of(render(spec)[-1])
+    values = {each["name"]: each["value"] for each in container["env"]}
+    assert expanded(values["B"], values) == "$(A)"
+    command = [expanded(word, values) for word in container["command"]]
+    words = run_command(command, tmp_path, index=1)
+    assert words[-1] == "track.name=$(A)"
+    assert any(word.startswith("--rdzv-conf=is_host=0,") for word in words)
+
+
+def expanded(text: str, values: dict[str, str]) -> str:
+    """As Kubernetes does it: $(NAME) of a known name is replaced, $$ is $, and the rest stays."""
+
+    def value(found: re.Match[str]) -> str:
+        if found.group() == "$$":
+            return "$"
+        return values.get(found.group(1), found.group())
+
+    return re.sub(r"\$\$|\$\(([^)]*)\)", value, text)
 
 
 def test_options_reach_the_manifests(pod_spec: Make) -> None:

@@ -97,6 +97,28 @@ def test_a_stopped_process_is_the_culprit_among_the_silent(launch_local: Launch,
     assert "stacks of rank 1" in told.notes[0]
 
 
+def test_who_is_waited_for_in_vain_is_named_and_not_who_gave_up_first(
+    launch_local: Launch, told: Any
+) -> None:
+    """The patience of a collective may be shorter than that of the launcher."""
+    done, _job = launch_local("stop:1:12", "impatient:0:0")
+    assert (done.state, first_steps(told)) == ("finished", [0, 10])
+    (failure,) = done.facts["failures"]
+    assert (failure["rank"], failure["step"]) == (1, 12)
+    assert failure["why"] == "rank 0 waited for it in vain, the process is stopped (SIGSTOP)"
+
+
+@pytest.mark.slow
+def test_one_that_hangs_while_the_others_give_up_is_named_by_its_stacks(
+    launch_local: Launch, told: Any
+) -> None:
+    done, _job = launch_local("hang:1:12", "impatient:0:0")
+    assert (done.state, first_steps(told)) == ("finished", [0, 10])
+    (failure,) = done.facts["failures"]
+    assert failure["rank"] == 1
+    assert "in misbehave" in told.notes[0]
+
+
 @pytest.mark.slow
 def test_a_slow_process_is_named_and_kept(launch_local: Launch, told: Any) -> None:
     done, _job = launch_local("slow:1:0")
@@ -136,7 +158,7 @@ def test_a_port_that_somebody_took_meanwhile_is_no_failure(launch_local: Launch,
 
 @pytest.mark.slow
 def test_a_process_that_never_begins_is_a_hang(launch_local: Launch, told: Any) -> None:
-    done, _job = launch_local("hang:1:start", max_restarts=0, options={"quiet-seconds": "6"})
+    done, _job = launch_local("hang:1:start", max_restarts=0, options={"quiet-seconds": "15"})
     assert (done.state, done.facts["failures"][0]["rank"]) == ("failed", 1)
     assert "s since its start" in done.facts["failures"][0]["why"]
 

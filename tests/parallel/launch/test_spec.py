@@ -59,6 +59,10 @@ def test_pairs() -> None:
     assert parse_pairs(("A=1", "B=x=y", "C="), "--env") == {"A": "1", "B": "x=y", "C": ""}
     with pytest.raises(ConfigError, match="--env 'A' is not NAME=VALUE"):
         parse_pairs(("A",), "--env")
+    # No shell can export it; options of backends have names of another kind.
+    with pytest.raises(ConfigError, match="--env 'A-B=1' is not NAME=VALUE"):
+        parse_pairs(("A-B=1",), "--env")
+    assert parse_pairs(("a-b=1",), "--option", allowed={"a-b": ""}) == {"a-b": "1"}
     with pytest.raises(ConfigError, match="has no 'portt' here") as caught:
         parse_pairs(("portt=1",), "--option", allowed={"port": "of rank 0"})
     assert caught.value.fix == "it knows port: of rank 0"
@@ -72,6 +76,7 @@ def test_pairs() -> None:
         ({"recipe": None}, "no recipe given"),
         ({"max_restarts": -1}, "--max-restarts -1"),
         ({"join_timeout": 0}, "--join-timeout 0"),
+        ({"environment": (("RANK", "1"),)}, "--env RANK is set by the launcher"),
     ],
 )
 def test_jobs_that_cannot_be(changes: dict[str, Any], message: str) -> None:

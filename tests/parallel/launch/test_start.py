@@ -16,12 +16,15 @@ from hearth.parallel.launch.start import train_arguments
 
 
 def test_a_restart_goes_on_with_the_run_once_it_has_a_checkpoint(tmp_path: Path) -> None:
-    first = ["--resume", "r0", "recipe.yaml", "train.steps=5"]
+    first = ["recipe.yaml", "train.steps=5"]
     run = JobRun("r1", tmp_path)
     assert train_arguments(first, None) == ["train", *first]
     assert train_arguments(first, run) == ["train", *first]
     (tmp_path / "latest").write_text("5")
     assert train_arguments(first, run) == ["train", "--resume", "r1"]
+    # What a job that resumes was given besides holds for all its starts.
+    again = ["--resume", "r1", "parallel.shard=2"]
+    assert train_arguments(again, run) == ["train", *again]
 
 
 def test_it_becomes_hearth_train(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 _LOST_CONNECTION = re.compile(
     r"connection reset by peer|connection closed by peer|broken pipe|connection refused|socketpoll"
     r"|remote process exited|connection was likely closed|heartbeat monitor|peer .*closed"
-    r"|nccl(remote)?error|dist(network|backend|store)error|did not meet the others",
+    r"|nccl(remote)?error|dist(network|backend|store)error|did not meet the others|lost a process in"
+    r"|timed out waiting",
     re.IGNORECASE,
 )
 # Frames in which a process waits for the others: in a collective, or in a backward pass that contains one.

@@ -59,7 +59,8 @@ class Heartbeat:
     heart = Heartbeat(run.dir, run_id=run.id, rank=rank)
     heart.beat(step, "training", step_seconds=seconds)
 
-    Rank 0 also tells the launcher, where there is one, which run to go on with should a process die.
+    Rank 0 also tells the launcher, where there is one, which run to go on with should a process die; before
+    that it removes what another job of the same run left, of which some ranks may not exist any more.
     """
 
     def __init__(
@@ -81,6 +82,9 @@ class Heartbeat:
         # A heartbeat that cannot be written, on a full disk say, must not end the run.
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            if rank == 0:
+                for path in self._path.parent.glob("*rank-*.json*"):  # also halves, of writers that died
+                    path.unlink(missing_ok=True)
         if rank == 0 and (job_dir := os.environ.get(JOB_DIR_VARIABLE)):
             announce_run(Path(job_dir), JobRun(run_id, run_dir))
 

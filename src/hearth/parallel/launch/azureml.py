@@ -41,6 +41,7 @@ class AzureBackend:
     """A job specification, checked by azure-ai-ml's own loaders and submitted with them."""
 
     name: ClassVar[str] = "azureml"
+    UNUSED: ClassVar[frozenset[str]] = frozenset(("--cpus-per-node", "--memory-per-node", "--no-requeue"))
     # Azure puts the path of the mounted folder in the place of this.
     WORKSPACE: ClassVar[str | None] = "${{outputs.workspace}}"
     OPTIONS: ClassVar[Mapping[str, str]] = {
@@ -59,7 +60,7 @@ class AzureBackend:
         document = self._document(spec)
         files = {_FILE: yaml.safe_dump(document, sort_keys=False, width=110)}
         if spec.recipe is not None:
-            files[Path(spec.recipe).name] = Path(spec.recipe).read_text(encoding="utf-8")
+            files[_recipe_name(spec)] = Path(spec.recipe).read_text(encoding="utf-8")
         return Rendered(files, (("az", "ml", "job", "create", "--file", _FILE),))
 
     def validate(self, spec: JobSpec, rendered: Rendered) -> list[str]:
@@ -143,13 +144,19 @@ class AzureBackend:
 
     def _command(self, spec: JobSpec) -> list[str]:
         """Azure starts a process for each rank itself, with torchrun's variables."""
-        words = [Path(word).name if word == spec.recipe else word for word in spec.arguments()]
+        words = [_recipe_name(spec) if word == spec.recipe else word for word in spec.arguments()]
         if bad := [word for word in words if not _PLAIN_WORD.fullmatch(word)]:
             raise ConfigError(
                 f"{bad[0]!r} cannot be part of the command of an Azure ML job",
-                fix="write the value into the recipe, and rename files to plain letters",
+                fix="write the value into the recipe",
             )
         return ["python", "-m", MODULE, *words]
+
+
+def _recipe_name(spec: JobSpec) -> str:
+    """Not the user's own, which may be that of the job's file, or have spaces in it."""
+    assert spec.recipe is not None
+    return f"recipe{Path(spec.recipe).suffix}"
 
 
 def _load_job(folder: Path, rendered: Rendered) -> Any:

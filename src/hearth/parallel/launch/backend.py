@@ -54,6 +54,7 @@ class Backend(Protocol):
 
     name: ClassVar[str]
     OPTIONS: ClassVar[Mapping[str, str]]  # settings of its own, with their help
+    UNUSED: ClassVar[frozenset[str]]  # options of `hearth launch` that mean nothing to it
     WORKSPACE: ClassVar[str | None]  # where processes see the workspace, if not where we do
 
     def render(self, spec: JobSpec) -> Rendered:

@@ -48,8 +48,8 @@ class LocalGroup:
         environ: Mapping[str, str],
     ) -> None:
         self._children: dict[int, _Child] = {}
-        directory.mkdir(parents=True, exist_ok=True)
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             for rank, place in places.items():
                 self._children[rank] = _start(command, rank, {**environ, **place}, directory)
         except OSError as error:

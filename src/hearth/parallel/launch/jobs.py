@@ -17,7 +17,7 @@ from typing import Any
 
 from hearth.errors import ConflictError, NotFoundError, StorageError
 from hearth.parallel.health.heartbeat import JobRun, read_run, write_atomically
-from hearth.parallel.launch.spec import JobSpec, Rendered, State
+from hearth.parallel.launch.spec import ENDED, JobSpec, Rendered, State
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,35 @@ class JobStore:
     def create(self, backend: str, spec: JobSpec, rendered: Rendered) -> Job:
         """Record a job and what will be submitted."""
         job = Job(self.root / spec.name, backend, spec, time.time())
-        # The nodes of one job on torchrun, each of which is told of it, share its folder.
-        shared = backend == "torchrun" and spec.nodes > 1
-        if (job.dir / "job.json").exists() and not shared:
-            raise ConflictError(
-                f"there is a job {spec.name} already, of {time.ctime(self._load(job.dir).created)}",
-                fix="choose another --name, or leave it out",
-            )
         try:
-            (job.dir / "rendered").mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._take(job)
+            (job.dir / "rendered").mkdir(exist_ok=True)
             for name, text in rendered.files.items():
                 (job.dir / "rendered" / name).write_text(text, encoding="utf-8")
+        except StorageError:
+            raise
         except OSError as error:
             raise StorageError(
                 f"cannot write the job's folder {job.dir}: {error.strerror}",
                 fix="choose a writable workspace with HEARTH_HOME",
             ) from error
         return self.save(job)
+
+    def _take(self, job: Job) -> None:
+        """Make the job's folder, which holds variables such as tokens: for its owner alone."""
+        try:
+            job.dir.mkdir(mode=0o700)
+        except FileExistsError:
+            # The nodes of one job on torchrun, each of which is told of it, share its folder.
+            shares = job.backend == "torchrun" and job.spec.nodes > 1
+            before = self._load(job.dir) if (job.dir / "job.json").exists() else None
+            if shares and (before is None or before.state not in ENDED):
+                return
+            of = "" if before is None else f", of {time.ctime(before.created)}"
+            raise ConflictError(
+                f"there is a job {job.name} already{of}", fix="choose another --name, or leave it out"
+            ) from None
 
     def save(self, job: Job) -> Job:
         """Write the record."""
@@ -122,4 +134,6 @@ class JobStore:
             spec = JobSpec.from_dict(record.pop("spec"))
             return Job(directory, spec=spec, **record)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise StorageError(f"the record of a job cannot be read: {path}: {error}") from error
+            raise StorageError(
+                f"the record of a job cannot be read: {path}: {error}", fix=f"remove the folder {directory}"
+            ) from error

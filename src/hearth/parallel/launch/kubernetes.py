@@ -33,6 +33,7 @@ class KubernetesBackend:
     """Manifests for kubectl. Pods see workspace and data on one volume that all nodes can write."""
 
     name: ClassVar[str] = "kubernetes"
+    UNUSED: ClassVar[frozenset[str]] = frozenset(("--no-requeue",))
     WORKSPACE: ClassVar[str | None] = f"{MOUNT}/.hearth"
     OPTIONS: ClassVar[Mapping[str, str]] = {
         "kind": "trainjob, jobset or job (trainjob)",
@@ -97,23 +98,14 @@ class KubernetesBackend:
         """Of the pods that are still there."""
         selector = f"{_LABEL}={job.name}"
         command = ["kubectl", *_namespace(job.spec), "logs", "-l", selector, "--prefix", "--tail=-1"]
-        command.append(
-            f"--max-log-requests={max(5, job.spec.nodes)}"
-        )  # kubectl refuses more than 5 pods else
+        command.append(f"--max-log-requests={max(5, job.spec.nodes)}")  # kubectl refuses more than 5 else
         yield from run_tool(command, what="reading logs", fix=_FIX).splitlines()
 
     def cancel(self, job: Job) -> str:
         """Delete the objects; pods get SIGTERM, and their time to save."""
         text = (job.dir / "rendered" / _FILE).read_text(encoding="utf-8")
-        command = [
-            "kubectl",
-            *_namespace(job.spec),
-            "delete",
-            "--wait=false",
-            "--ignore-not-found",
-            "-f",
-            "-",
-        ]
+        flags = ["--wait=false", "--ignore-not-found"]
+        command = ["kubectl", *_namespace(job.spec), "delete", *flags, "-f", "-"]
         run_tool(command, what="cancelling", fix=_FIX, stdin=text)
         return f"deleted {job.require_handle('object')}; its pods save first"
 
@@ -220,7 +212,7 @@ class KubernetesBackend:
             name="node",
             image=spec.image,
             command=command,
-            env=tuple(k8s.EnvVar(name=name, value=value) for name, value in variables.items()),
+            env=tuple(k8s.EnvVar(name=name, value=_literal(value)) for name, value in variables.items()),
             resources=_resources(spec),
             volume_mounts=tuple(mounts),
         )
@@ -300,9 +292,14 @@ def _torchrun(spec: JobSpec, host: str) -> tuple[str, ...]:
     """The command of a pod. The first knows that it is so: its name may not be resolved yet when it asks."""
     arguments = torchrun_arguments(spec, endpoint=f"{host}:{_PORT}")
     before = arguments[: len(arguments) - len(spec.arguments())]
-    words = shlex.join(["torchrun", *before, *_arguments(spec)])
+    words = _literal(shlex.join(["torchrun", *before, *_arguments(spec)]))
     is_host = 'is_host=$([ "$JOB_COMPLETION_INDEX" = 0 ] && echo 1 || echo 0)'
-    return ("sh", "-c", "exec " + words.replace("--rdzv-conf=", f"--rdzv-conf={is_host},"))
+    return ("sh", "-c", "exec " + words.replace("--rdzv-conf=", f"--rdzv-conf={is_host},", 1))
+
+
+def _literal(text: str) -> str:
+    """As Kubernetes leaves it: it puts the value of a variable in the place of $(NAME)."""
+    return text.replace("$(", "$$(")
 
 
 def _arguments(spec: JobSpec) -> list[str]:

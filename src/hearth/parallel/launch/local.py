@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hearth.errors import ConfigError
+from hearth.errors import ConfigError, ConflictError
 from hearth.parallel.health.watch import Policy
 from hearth.parallel.launch.backend import JobStatus, Submitted, Watch
 from hearth.parallel.launch.group import LocalGroup, free_port, place_of, require_free
@@ -23,6 +23,10 @@ from hearth.workspace.processes import ProcessIdentity
 
 # What each process runs before the arguments of the job.
 START = (sys.executable, "-m", "hearth.parallel.launch.start")
+# Processes that are simply started have no limits and no queue.
+RUNS_HERE_UNUSED = frozenset(
+    ("--cpus-per-node", "--memory-per-node", "--time-limit", "--image", "--no-requeue")
+)
 WATCH_OPTIONS = {
     "hang-seconds": "silence of a process while training that means it hangs (300)",
     "quiet-seconds": "silence before the first step, and while saving or evaluating (1800)",
@@ -35,6 +39,7 @@ class LocalBackend:
     """Processes of this machine; ``submit`` returns at their end."""
 
     name: ClassVar[str] = "local"
+    UNUSED: ClassVar[frozenset[str]] = RUNS_HERE_UNUSED
     WORKSPACE: ClassVar[str | None] = None
     OPTIONS: ClassVar[Mapping[str, str]] = {"port": "port of rank 0 (a free one)", **WATCH_OPTIONS}
 
@@ -133,15 +138,35 @@ def parse_number(text: str, name: str, kind: type[int] | type[float]) -> Any:
 
 
 def require_recipe(spec: JobSpec) -> list[str]:
-    """Load the recipe as the processes will. Raises ConfigError; returns what was checked."""
-    if spec.recipe is None:
-        return [f"resumes run {spec.resume}"]
+    """Load the recipe as the processes will. Returns what was checked.
+
+    Raises ConfigError, and NotFoundError for a run to resume that is not in the workspace, where that can be
+    seen from here.
+    """
     from hearth.config import load_recipe
     from hearth.parallel.layout import Layout
 
-    recipe = load_recipe(spec.recipe, spec.overrides).recipe
+    run_dir = _run_to_resume(spec)
+    checked = [] if run_dir is None else [f"run {spec.resume} is there"]
+    if spec.recipe is not None:
+        recipe = load_recipe(spec.recipe, spec.overrides).recipe
+    elif run_dir is not None and (run_dir / "recipe.yaml").is_file():
+        # The stored recipe is complete; the environment of today must not change it.
+        recipe = load_recipe(run_dir / "recipe.yaml", spec.overrides, environ={}).recipe
+    else:
+        return [*checked, f"the recipe of run {spec.resume} was not, as it cannot be seen from here"]
     layout = Layout.of(recipe.parallel, spec.world_size)
-    return [f"the recipe loads; its layout over {spec.world_size} processes: {layout}"]
+    return [*checked, f"the recipe loads; its layout over {spec.world_size} processes: {layout}"]
+
+
+def _run_to_resume(spec: JobSpec) -> Path | None:
+    """Its folder; None without one, or where the workspace is one that only the processes see."""
+    from hearth.workspace import Workspace
+
+    if spec.resume is None or not Path(spec.workspace).is_dir() or not Workspace.exists(spec.workspace):
+        return None
+    with Workspace.open(spec.workspace) as workspace:
+        return workspace.runs.get(spec.resume).dir
 
 
 def submitted(handle: Mapping[str, Any], outcome: Outcome) -> Submitted:
@@ -169,11 +194,14 @@ def launcher_status(handle: Mapping[str, Any]) -> JobStatus:
 
 
 def cancel_launcher(job: Job) -> str:
-    """Ask the launcher to stop. One that is gone may have left nothing: its processes went with it."""
+    """Ask the launcher to stop. Raises ConflictError when it is not a process of this machine."""
     job.require_handle("launcher")
     launcher = ProcessIdentity(**job.handle["launcher"])
     if launcher_status(job.handle).state != "running":
-        return f"its launcher, process {launcher.pid} on {launcher.host}, does not run here"
+        raise ConflictError(
+            f"the launcher of job {job.name}, process {launcher.pid} on {launcher.host}, does not run here",
+            fix=f"on {launcher.host}: hearth launch cancel {job.name}",
+        )
     os.kill(launcher.pid, signal.SIGTERM)
     return f"asked process {launcher.pid} to stop; the job saves a checkpoint first"
 

@@ -40,6 +40,7 @@ class RayBackend:
     """Processes on the nodes of a Ray cluster, which share the workspace; ``submit`` returns at their end."""
 
     name: ClassVar[str] = "ray"
+    UNUSED: ClassVar[frozenset[str]] = frozenset(("--time-limit", "--image", "--no-requeue"))
     WORKSPACE: ClassVar[str | None] = None
     OPTIONS: ClassVar[Mapping[str, str]] = {
         "address": "of the cluster (RAY_ADDRESS, else a cluster of this machine alone, for this job)",

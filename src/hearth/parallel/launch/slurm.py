@@ -79,6 +79,7 @@ class SlurmBackend:
     """One task a node, each with torchrun for the processes of the node."""
 
     name: ClassVar[str] = "slurm"
+    UNUSED: ClassVar[frozenset[str]] = frozenset(("--image",))
     WORKSPACE: ClassVar[str | None] = None
     OPTIONS: ClassVar[Mapping[str, str]] = {
         "partition": "Slurm's partition",

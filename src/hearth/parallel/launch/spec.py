@@ -17,6 +17,14 @@ _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
 _CLOCK = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])i?B?", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OPTION = re.compile(r"[a-z][a-z0-9-]*")
+# What launchers themselves say to processes.
+_RESERVED = frozenset(
+    (
+        *("HEARTH_HOME", "HEARTH_JOB_DIR", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"),
+        *("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,11 @@ class JobSpec:
         for label, value in (("--nodes", self.nodes), ("processes of a node", self.processes)):
             if value < 1:
                 raise ConfigError(f"{label}: {value} is less than 1", fix="a job needs at least one process")
+        if taken := [name for name, _ in self.environment if name in _RESERVED]:
+            raise ConfigError(
+                f"--env {taken[0]} is set by the launcher",
+                fix="choose the workspace with HEARTH_HOME outside",
+            )
         if self.max_restarts < 0 or self.join_timeout < 1:
             raise ConfigError(
                 f"--max-restarts {self.max_restarts} and --join-timeout {self.join_timeout} must be at least "
@@ -92,6 +105,10 @@ class JobSpec:
     def to_dict(self) -> dict[str, Any]:
         """For the record of the job."""
         return asdict(self)
+
+    def to_public_dict(self) -> dict[str, Any]:
+        """For people and their logs: without the values of variables, which may be secret."""
+        return {**asdict(self), "environment": [name for name, _ in self.environment]}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
@@ -158,7 +175,7 @@ def parse_pairs(
     found: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals or not _VARIABLE.fullmatch(key.replace("-", "_")):
+        if not equals or not (_VARIABLE if allowed is None else _OPTION).fullmatch(key):
             raise ConfigError(f"{what} {text!r} is not NAME=VALUE", fix=f"write {what} NAME=VALUE")
         if allowed is not None and key not in allowed:
             listed = "; ".join(f"{name}: {text}" for name, text in allowed.items()) or "none"

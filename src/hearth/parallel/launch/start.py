@@ -23,10 +23,11 @@ LIFELINE_VARIABLE = "HEARTH_LIFELINE"  # "stdin": whoever started this process h
 def train_arguments(arguments: Sequence[str], run: JobRun | None) -> list[str]:
     """The arguments of `hearth`: of the first start, or, once there is a checkpoint, to go on from it.
 
-    All processes of a start decide the same: the run is written after they have met, so it cannot change
-    between the first that looks and the last.
+    A job that began with `--resume RUN` goes on with the same words: a start that failed before it had
+    written down what they change must not lose it. All processes of a start decide the same: the run is
+    written after they have met, so it cannot change between the first that looks and the last.
     """
-    if run is not None and run.has_checkpoint:
+    if run is not None and run.has_checkpoint and "--resume" not in arguments:
         return ["train", "--resume", run.id]
     return ["train", *arguments]
 

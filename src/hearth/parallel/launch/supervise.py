@@ -246,7 +246,7 @@ class _Watcher:
             if any(each.health is Health.DEAD for each in verdicts):
                 return self._death(attempt)
             if hung := suspects(self._processes, verdicts):
-                return self._hang(attempt, hung, verdicts)
+                return self._hang(attempt, hung, {each.rank: each.why for each in verdicts})
             self._tell_stragglers(verdicts)
             time.sleep(_POLL_SECONDS)
 
@@ -292,16 +292,32 @@ class _Watcher:
     def _death(self, attempt: int) -> Failure:
         if self._stop.count:
             self._wait_for_all()
+            running = []
         else:
-            deadline = time.monotonic() + _GRACE_SECONDS
-            while time.monotonic() < deadline and len(self._group.exit_codes()) < len(self._processes):
-                time.sleep(_POLL_SECONDS)
-        deaths = self._group.deaths()
+            running = self._wait_for_last_words()
+        first = first_death(self._group.deaths())
+        if running and first.lost_connection:
+            return self._hang(
+                attempt, running, dict.fromkeys(running, f"rank {first.rank} waited for it in vain")
+            )
         self._show(last=True)
-        first = first_death(deaths)
         why = describe_exit(first.exit_code)
         step = self._step_of(first.rank)
         return Failure(attempt, first.rank, why, step, first.tail, exit_code=first.exit_code)
+
+    def _wait_for_last_words(self) -> list[int]:
+        """Ranks that still run a little after the first death.
+
+        Where the dead only gave up waiting, those that have lost them too end soon; the cause does not.
+        """
+        begun = time.monotonic()
+        while True:
+            codes = self._group.exit_codes()
+            running = [process.rank for process in self._processes if process.rank not in codes]
+            has_cause = not first_death(self._group.deaths()).lost_connection or bool(self._group.stopped())
+            if not running or time.monotonic() - begun > (_GRACE_SECONDS if has_cause else _LOST_SECONDS):
+                return running
+            time.sleep(_POLL_SECONDS)
 
     def _wait_for_all(self) -> None:
         """Each saves its part of the checkpoint. One that hangs, or lost another, is not waited for long."""
@@ -320,18 +336,18 @@ class _Watcher:
                 return
             time.sleep(_POLL_SECONDS)
 
-    def _hang(self, attempt: int, hung: list[int], verdicts: list[Verdict]) -> Failure:
+    def _hang(self, attempt: int, hung: list[int], whys: Mapping[int, str]) -> Failure:
         stopped = self._group.stopped()
         stacks = self._group.stacks()
-        running = {each.rank for each in verdicts if each.health not in (Health.DEAD, Health.DONE)}
-        silent = sorted(running - stacks.keys())
-        blamed = blame([each for each in hung if each in running], stopped, silent, stacks)
+        ended = self._group.exit_codes()
+        silent = [each.rank for each in self._processes if each.rank not in stacks and each.rank not in ended]
+        blamed = blame(hung, stopped, silent, stacks)
         rank = blamed[0]
-        why = {each.rank: each.why for each in verdicts}[rank] or "it hangs"
+        why = whys[rank]
         if rank in stopped:
             why += ", the process is stopped (SIGSTOP)"
         elif len(blamed) > 1:
-            why += f"; so is rank {', '.join(map(str, blamed[1:]))}, and either may be the cause"
+            why += f"; the same holds for rank {', '.join(map(str, blamed[1:]))}, and each may be the cause"
         self._show(last=True)
         tail = last_lines(self._group.tail(rank))
         step = self._step_of(rank)

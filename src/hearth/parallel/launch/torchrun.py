@@ -17,6 +17,7 @@ from hearth.parallel.health.cause import last_lines
 from hearth.parallel.launch.backend import JobStatus, Submitted, Watch
 from hearth.parallel.launch.jobs import Job
 from hearth.parallel.launch.local import (
+    RUNS_HERE_UNUSED,
     cancel_launcher,
     launcher_status,
     require_recipe,
@@ -74,6 +75,7 @@ class TorchrunBackend:
     """torchrun on this node; the same command on every other one. ``submit`` returns at its end."""
 
     name: ClassVar[str] = "torchrun"
+    UNUSED: ClassVar[frozenset[str]] = RUNS_HERE_UNUSED
     WORKSPACE: ClassVar[str | None] = None
     OPTIONS: ClassVar[Mapping[str, str]] = {
         "rendezvous": "c10d, which restarts all nodes together, or static (c10d)",
