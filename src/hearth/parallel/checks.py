@@ -37,7 +37,7 @@ EXPERT_FAMILIES = frozenset(
     """.split()  # noqa: SIM905 - a list of names to read
 )
 _ATTENTIONS = ("full_attention", "sliding_attention")
-_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _SHARD = "use parallel.shard, which takes every family"
 
 
@@ -105,6 +105,21 @@ def _check_expert_layout(section: ParallelSection) -> None:
                 f"spread over the processes of data and shard alone",
                 fix=f"use {key}: 1, or expert: 1",
             )
+
+
+def check_training(section: ParallelSection, layout: Layout, *, optimizer: str, compiled: bool) -> None:
+    """Settings of ``train`` that do not go with a layout."""
+    if compiled and section.schedule == "zero_bubble":
+        raise ConfigError(
+            "parallel.schedule zero_bubble takes the backward pass of a layer apart, which train.compile "
+            "makes one piece",
+            fix="use compile: false, or schedule: 1f1b or interleaved",
+        )
+    if optimizer in ("adamw8bit", "adafactor") and cuts_weights(section, layout):
+        raise ConfigError(
+            f"train.optimizer {optimizer} keeps state of whole weights, which {layout} cuts",
+            fix="use optimizer: adamw, lion or muon, or parallel.data alone",
+        )
 
 
 def check_micro_batches(section: ParallelSection, num: int) -> None:
@@ -183,7 +198,7 @@ def _check_context(section: ParallelSection, text: Any, sequence_length: int) ->
 
 
 def _check_experts(section: ParallelSection, text: Any) -> None:
-    counts = [getattr(text, name) for name in _NUM_EXPERTS if isinstance(getattr(text, name, None), int)]
+    counts = [getattr(text, name) for name in NUM_EXPERTS if isinstance(getattr(text, name, None), int)]
     if not counts:
         raise ConfigError(
             f"parallel.expert {section.expert}: {text.model_type} has no experts",

@@ -34,8 +34,7 @@ def apply_tensor_parallel(model: nn.Module, world: World, section: ParallelSecti
     assert world.mesh is not None
     mesh = world.mesh["tensor"]
     base: Any = getattr(model, "base_model", model)
-    plan = _plan_of(model, base)
-    _require_divisible(model, world.layout.tensor)
+    plan = require_plan(model, world.layout.tensor)
     modules = dict(base.named_modules())
     styles: dict[str, Style] = {}
     for pattern, name in plan.items():
@@ -69,6 +68,16 @@ def _layers(base: nn.Module) -> dict[str, nn.Module]:
     return {f"layers.{name}": layer for name, layer in found}
 
 
+def require_plan(model: nn.Module, size: int) -> dict[str, str]:
+    """How each module is cut over ``size`` processes, by patterns of names; for the meta device, too.
+
+    Raises ConfigError for what `apply_tensor_parallel` cannot cut.
+    """
+    plan = _plan_of(model, getattr(model, "base_model", model))
+    _require_divisible(model, size)
+    return plan
+
+
 def _plan_of(model: nn.Module, base: Any) -> dict[str, str]:
     kind = type(base).__name__
     plan: dict[str, str] | None = getattr(base.config.get_text_config(), "base_model_tp_plan", None)
@@ -97,7 +106,7 @@ def _require_divisible(model: nn.Module, size: int) -> None:
         if isinstance(value, int) and value % size:
             raise ConfigError(
                 f"parallel.tensor {size} does not divide {key} {value} of the model",
-                fix=f"use a tensor that divides {value}, or parallel.shard",
+                fix="use parallel.shard" + (f", or a tensor that divides {value}" if value > 1 else ""),
             )
 
 

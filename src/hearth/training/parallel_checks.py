@@ -6,7 +6,7 @@ from typing import Any
 
 from hearth.config.recipe import Recipe
 from hearth.errors import ConfigError
-from hearth.parallel.checks import check_micro_batches, check_model, check_settings, cuts_weights
+from hearth.parallel.checks import check_micro_batches, check_model, check_settings, check_training
 from hearth.parallel.layout import Layout
 from hearth.parallel.world import World, is_launched
 
@@ -27,20 +27,10 @@ def check_recipe(recipe: Recipe, world: World) -> None:
             "DeepSpeed makes",
             fix="give a number of rows; `hearth plan` estimates what fits",
         )
-    if train.compile and section.schedule == "zero_bubble":
-        raise ConfigError(
-            "parallel.schedule zero_bubble takes the backward pass of a layer apart, which train.compile "
-            "makes one piece",
-            fix="use compile: false, or schedule: 1f1b or interleaved",
-        )
+    check_training(section, layout, optimizer=train.optimizer, compiled=train.compile)
     _check_shares(recipe, layout)
     if section.reduce == "powersgd":
         _check_powersgd(recipe)
-    if train.optimizer in ("adamw8bit", "adafactor") and cuts_weights(section, layout):
-        raise ConfigError(
-            f"train.optimizer {train.optimizer} keeps state of whole weights, which {layout} cuts",
-            fix="use optimizer: adamw, lion or muon, or parallel.data alone",
-        )
 
 
 def _check_shares(recipe: Recipe, layout: Layout) -> None:

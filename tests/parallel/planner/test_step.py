@@ -13,6 +13,8 @@ from hearth.parallel.layout import Layout
 from hearth.parallel.planner import Job, ModelFacts, Plan, make_cluster, step_time
 from hearth.parallel.planner.collectives import Group, collective_seconds
 from hearth.parallel.planner.hardware import LINK_EFFICIENCY, LINKS, find_device
+from hearth.parallel.planner.memory import gathered_bytes
+from hearth.parallel.planner.state import place
 from hearth.parallel.planner.work import layer_seconds, product_rate, recomputed_share
 
 JOB = Job(4096, 256, 1, isolated=False)
@@ -123,6 +125,37 @@ def test_experts_travel(mixture: ModelFacts) -> None:
     assert step_time(mixture, JOB, Plan(Layout(data=8)), make_cluster(8)).expert == 0.0
     apart = step_time(mixture, JOB, plan, make_cluster(8, per_node=1))
     assert apart.expert > near.expert
+
+
+def test_float32_has_its_own_rate(llama: Callable[[str], ModelFacts]) -> None:
+    halves, whole = (
+        step_time(llama("8B"), JOB.with_(precision=precision), Plan(Layout(shard=8)), make_cluster(8))
+        for precision in ("bf16", "fp32")
+    )
+    assert whole.compute > 5 * halves.compute
+
+
+def test_weights_travel_in_the_type_of_autocast(
+    llama: Callable[[str], ModelFacts], mixture: ModelFacts
+) -> None:
+    halves, whole = JOB, JOB.with_(precision="fp32")
+    dense = llama("8B")
+    placed = place(dense, JOB, range(dense.num_layers), first=True, last=True, tensor=1, expert=1)
+    ends = dense.count(layer=None) - sum(dense.count(layer=index) for index in range(dense.num_layers))
+    assert gathered_bytes(placed, halves) == 2 * (dense.num_parameters - ends) + 4 * ends
+    assert gathered_bytes(placed, whole) == 4 * dense.num_parameters
+    # Layers with experts are gathered as they are.
+    placed = place(mixture, JOB, range(mixture.num_layers), first=True, last=True, tensor=1, expert=1)
+    assert gathered_bytes(placed, halves) == 4 * mixture.num_parameters
+
+
+def test_a_sequence_shares_what_is_sharded(llama: Callable[[str], ModelFacts]) -> None:
+    slow, job = make_cluster(8, interconnect="ethernet+ethernet"), JOB.with_(sequence_length=32768)
+    split = step_time(llama("8B"), job, Plan(Layout(shard=2, context=4)), slow)
+    whole = step_time(
+        llama("8B"), job, Plan(Layout(shard=2)), make_cluster(2, interconnect="ethernet+ethernet")
+    )
+    assert split.data > whole.data  # a part of a row hides less, and more processes have to be asked
 
 
 def test_offload_is_slow(llama: Callable[[str], ModelFacts]) -> None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from hearth.config.parallel import ParallelSection
 from hearth.errors import ConfigError
 from hearth.models.sizes import format_count
+from hearth.parallel.checks import check_micro_batches
 from hearth.parallel.layout import Layout
 from hearth.parallel.planner.facts import ModelFacts
 from hearth.parallel.planner.hardware import Cluster
 from hearth.parallel.planner.job import Checkpointing, Job
+from hearth.parallel.planner.legal import check_section, is_legal, takes_rows
 from hearth.parallel.planner.memory import Memory, Plan, memory_of
 from hearth.parallel.planner.step import Step, step_time
 
@@ -73,13 +75,13 @@ def divisors(number: int) -> list[int]:
 
 
 def tensor_sizes(facts: ModelFacts, job: Job, largest: int) -> list[int]:
-    """Sizes that divide heads, key heads and every inner width; an adapter's matrices are not cut."""
+    """Sizes that the model's plan allows and that divide every inner width; adapters are not cut."""
     if job.adapter is not None:
         return [1]
     widths = [facts.num_heads, facts.num_kv_heads]
     widths += [layer.inner for layer in facts.layers] + [layer.expert_inner for layer in facts.layers]
     common = math.gcd(*(width for width in widths if width))
-    return [size for size in divisors(common) if size <= largest]
+    return [size for size in divisors(common) if size <= largest and size in facts.tensor_sizes]
 
 
 def pipeline_sizes(facts: ModelFacts, job: Job, num_devices: int) -> list[int]:
@@ -119,7 +121,16 @@ def _expert_sizes(facts: ModelFacts, ranks: int) -> list[int]:
 
 
 def legal_plans(facts: ModelFacts, job: Job, cluster: Cluster, *, offload: bool = False) -> Iterator[Plan]:
-    """The layouts with every stage of ZeRO, every schedule, with and without sequence parallelism."""
+    """The layouts with every stage of ZeRO, every schedule, with and without sequence parallelism.
+
+    Without those that a run would be refused for.
+    """
+    for plan in _plans(facts, job, cluster, offload=offload):
+        if is_legal(facts, job, plan):
+            yield plan
+
+
+def _plans(facts: ModelFacts, job: Job, cluster: Cluster, *, offload: bool) -> Iterator[Plan]:
     for layout in legal_layouts(facts, job, cluster):
         schedules = [("1f1b", 1)]
         if layout.pipeline > 1 and facts.num_layers >= 2 * layout.pipeline:
@@ -136,7 +147,8 @@ def micro_batch_sizes(job: Job, plan: Plan) -> list[int]:
     if rest or not rows:
         return []
     powers = {1 << power for power in range(rows.bit_length())}
-    return [size for size in sorted(powers | {job.micro_batch_size}) if rows % size == 0 and size <= 64]
+    sizes = [size for size in sorted(powers | {job.micro_batch_size}) if rows % size == 0 and size <= 64]
+    return [size for size in sizes if takes_rows(job.with_(micro_batch_size=size), plan)]
 
 
 def find_choices(
@@ -192,9 +204,9 @@ def choose(facts: ModelFacts, job: Job, cluster: Cluster, *, device: str = "cuda
         legal += more
     if legal == 0:
         raise ConfigError(
-            f"train.batch_size {job.batch_size} cannot be divided over {cluster.num_devices} devices: the "
-            f"{facts.model_type} model leaves {_fewest_ranks(facts, job, cluster)} or more of them with rows "
-            f"of their own",
+            f"train.batch_size {job.batch_size} cannot be divided over {cluster.num_devices} devices: no way "
+            f"to cut the {facts.model_type} model leaves rows for each of its replicas, and as many "
+            f"micro-batches as a pipeline has stages",
             fix=f"use a multiple of {cluster.num_devices}, or fewer devices",
         )
     if not found:
@@ -213,17 +225,15 @@ def as_it_stands(planning: Planning, section: ParallelSection, *, device: str = 
 
     job, cluster = planning.job, planning.cluster
     plan = Plan.of(section, cluster.num_devices)
+    check_section(planning.facts, job, section, plan.layout)
     if not plan.micro_batches(job):
         raise ConfigError(
             f"train.batch_size {job.batch_size} is no multiple of micro_batch_size {job.micro_batch_size} x "
             f"{plan.layout.batch_ranks} processes with rows of their own"
         )
+    check_micro_batches(section, plan.micro_batches(job))
     memory = check_fits(planning.facts, job, plan, memory_bytes=cluster.device.memory, device=device)
     return Choice(plan, job, memory, step_time(planning.facts, job, plan, cluster))
-
-
-def _fewest_ranks(facts: ModelFacts, job: Job, cluster: Cluster) -> int:
-    return min(layout.batch_ranks for layout in legal_layouts(facts, job, cluster))
 
 
 def describe_size(facts: ModelFacts) -> str:

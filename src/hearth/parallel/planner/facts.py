@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hearth.errors import ConfigError, UnsupportedModelError
+from hearth.parallel.checks import NUM_EXPERTS
 
 if TYPE_CHECKING:
     from hearth.config.recipe import Recipe
@@ -64,6 +66,8 @@ class ModelFacts:
     num_norms: int  # of the hidden size, in one layer
     layers: tuple[Layer, ...]
     weights: tuple[Weight, ...]
+    config: Any  # of transformers
+    tensor_sizes: frozenset[int]  # numbers of processes that its plan for tensor parallelism allows
 
     @property
     def num_layers(self) -> int:
@@ -137,8 +141,7 @@ def facts_of_config(config: Any) -> ModelFacts:
         )
     hidden, heads = text.hidden_size, text.num_attention_heads
     names = [name for name, _ in model.named_parameters()]
-    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
-    experts = experts or getattr(text, "n_routed_experts", None) or 0
+    experts = next((value for name in NUM_EXPERTS if (value := getattr(text, name, None))), 0)
     tied = "head" not in {weight.part for weight in weights}
     return ModelFacts(
         model_type=config.model_type,
@@ -155,6 +158,8 @@ def facts_of_config(config: Any) -> ModelFacts:
         num_norms=_num_norms(model, hidden),
         layers=tuple(_layer(text, weights, index) for index in range(num_layers)),
         weights=weights,
+        config=config,
+        tensor_sizes=_tensor_sizes(model, heads),
     )
 
 
@@ -211,6 +216,17 @@ def _weights(model: Any) -> Iterable[Weight]:
         yield Weight(part, int(match[1]), shape)
 
 
+def _tensor_sizes(model: Any, heads: int) -> frozenset[int]:
+    from hearth.parallel.tensor import require_plan
+
+    found = {1}
+    for size in range(2, heads + 1):
+        with contextlib.suppress(ConfigError):
+            require_plan(model, size)
+            found.add(size)
+    return frozenset(found)
+
+
 def _num_norms(model: Any, hidden: int) -> int:
     """Norms of the hidden size in the first layer; their biases, and those of products, do not count."""
     found = 0
@@ -230,7 +246,7 @@ def _layer(text: Any, weights: tuple[Weight, ...], index: int) -> Layer:
         for weight in mine
         if weight.part == "dense" and hidden in weight.shape
     ]
-    routers = {getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")}
+    routers = {getattr(text, name, None) for name in NUM_EXPERTS}
     inner = max((width for width in widths if width not in routers and width > 1), default=0)
     has_experts = any(weight.part == "experts" for weight in mine)
     expert_inner = (

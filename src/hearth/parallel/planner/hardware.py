@@ -3,7 +3,8 @@
 Peaks are dense and without sparsity, from the vendors' data sheets (NVIDIA H100, H200, A100, L40S, HGX B200).
 ``matmul``: the best rate that a matrix product was measured to reach, "maximum achievable matmul FLOPS" of
 S. Bekman, Machine Learning Engineering, chapter Accelerators (torch 2.5 to 2.7); where it has no figure
-(L40S, H100 PCIe), 80 % of the peak, the rate of its neighbours. Bandwidth of a link counts one direction.
+(L40S, H100 PCIe), 80 % of the peak, the rate of its neighbours. ``fp32``: the rate of the data sheets without
+tensor cores, as Hearth leaves TF32 off. Bandwidth of a link counts one direction.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Device:
     link: str  # how it talks to its neighbours in the node unless the user says otherwise
     per_node: int = 8
     attention: float | None = None  # rate of attention, where it was measured
+    fp32: float | None = None  # products in float32; None: ``matmul`` was measured in the job's own type
     launch: float = 5e-6  # seconds between two kernels that wait for each other; compiled code has fewer
 
 
@@ -61,14 +63,16 @@ class Cluster:
 
 
 DEVICES = {
-    "b200": Device("B200 SXM", 180 * 10**9, 2250e12, 1745e12, None, 7.7e12, "nvlink5"),
-    "h200": Device("H200 SXM", 141 * 10**9, 989e12, 794.5e12, 1402.6e12, 4.8e12, "nvlink4"),
-    "h100": Device("H100 SXM", 80 * 10**9, 989e12, 794.5e12, 1402.6e12, 3.35e12, "nvlink4"),
-    "h100-pcie": Device("H100 PCIe", 80 * 10**9, 756e12, 0.8 * 756e12, None, 2.0e12, "pcie5"),
-    "a100": Device("A100 SXM 80GB", 80 * 10**9, 312e12, 271.2e12, None, 2.039e12, "nvlink3"),
-    "a100-40gb": Device("A100 SXM 40GB", 40 * 10**9, 312e12, 271.2e12, None, 1.555e12, "nvlink3"),
-    "a100-pcie": Device("A100 PCIe", 80 * 10**9, 312e12, 252.9e12, None, 1.935e12, "pcie4"),
-    "l40s": Device("L40S", 48 * 10**9, 362e12, 0.8 * 362e12, None, 0.864e12, "pcie4"),
+    "b200": Device("B200 SXM", 180 * 10**9, 2250e12, 1745e12, None, 7.7e12, "nvlink5", fp32=75e12),
+    "h200": Device("H200 SXM", 141 * 10**9, 989e12, 794.5e12, 1402.6e12, 4.8e12, "nvlink4", fp32=67e12),
+    "h100": Device("H100 SXM", 80 * 10**9, 989e12, 794.5e12, 1402.6e12, 3.35e12, "nvlink4", fp32=67e12),
+    "h100-pcie": Device("H100 PCIe", 80 * 10**9, 756e12, 0.8 * 756e12, None, 2.0e12, "pcie5", fp32=51e12),
+    "a100": Device("A100 SXM 80GB", 80 * 10**9, 312e12, 271.2e12, None, 2.039e12, "nvlink3", fp32=19.5e12),
+    "a100-40gb": Device(
+        "A100 SXM 40GB", 40 * 10**9, 312e12, 271.2e12, None, 1.555e12, "nvlink3", fp32=19.5e12
+    ),
+    "a100-pcie": Device("A100 PCIe", 80 * 10**9, 312e12, 252.9e12, None, 1.935e12, "pcie4", fp32=19.5e12),
+    "l40s": Device("L40S", 48 * 10**9, 362e12, 0.8 * 362e12, None, 0.864e12, "pcie4", fp32=91.6e12),
 }
 
 # Data sheets: NVLink 3/4/5 600, 900 and 1,800 GB/s both ways; PCIe 4/5 x16 32 and 64 GB/s one way; InfiniBand

@@ -17,6 +17,7 @@ Optimizer = Literal["adamw", "adafactor", "lion", "muon", "adamw8bit"]
 
 # Objectives whose step is one forward and backward pass over its rows, and nothing else that is large.
 _PLAIN = ("pretrain", "sft")
+_PAIRS = ("dpo", "ipo", "kto", "orpo", "simpo")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Job:
     compiled: bool = False
     isolated: bool = True
     adapter: AdapterSection | None = None
+    whole: frozenset[str] = frozenset()  # dimensions over which the objective does not spread
     background_checkpoints: bool = False
     gathers_bf16: bool = False  # all weights are gathered in bfloat16, those of embedding and output, too
     chunked_loss: bool = True
@@ -83,9 +85,22 @@ def job_of_recipe(recipe: Recipe, *, precision: Precision = "bf16", device: str 
         compiled=train.compile,
         isolated=recipe.data.packing,
         adapter=recipe.model.adapter,
+        whole=_not_spread(recipe),
         bf16_reduce=recipe.parallel.reduce == "bf16",
         background_checkpoints=device == "cpu" and recipe.checkpoint.every > 0 and recipe.checkpoint.async_,
     )
+
+
+def _not_spread(recipe: Recipe) -> frozenset[str]:
+    """The dimensions of ``parallel`` that hearth.training.objectives refuse."""
+    train = recipe.train
+    if train.objective in ("grpo", "ppo", "reward"):
+        return frozenset({"context", "pipeline"})
+    if train.objective in _PAIRS:
+        return frozenset({"context"} | ({"pipeline"} if train.preference.reference == "model" else set()))
+    if train.objective == "distill" and train.distill.mode != "sequence":
+        return frozenset({"context"})
+    return frozenset()
 
 
 def what_is_missing(recipe: Recipe) -> str | None:

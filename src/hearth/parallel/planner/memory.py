@@ -133,7 +133,7 @@ def _memory_of_stage(facts: ModelFacts, job: Job, plan: Plan, stage: int, device
     head = _head_buffers(facts, job, plan, device) if last else _Head()
     kept_head = head.kept if facts.tied else 0.0  # until the embedding's gradient is added to it
     embedding = 4.0 * _words(facts, job, plan) * facts.hidden_size if first and job.adapter is None else 0.0
-    copies = 2.0 * whole.matrices if _makes_copies(job, plan) else 0.0
+    copies = 2.0 * _copied(placed, job, plan)
     early = held.gradients if plan.micro_batches(job) > 1 else 0.0
     acts = _activations(facts, job, plan, stage, layers, first=first, last=last)
     passing = _transient(facts, job, plan, layers)
@@ -162,12 +162,34 @@ def _memory_of_stage(facts: ModelFacts, job: Job, plan: Plan, stage: int, device
     return replace(found, framework=_framework(plan, device, found.tensors))
 
 
-def _makes_copies(job: Job, plan: Plan) -> bool:
-    """Whether autocast keeps a half-precision copy of every matrix until its backward pass.
+def _copied(placed: Placed, job: Job, plan: Plan) -> float:
+    """Weights of which autocast keeps a half-precision copy until their backward pass: all matrices.
 
-    Weights that are gathered come in half precision.
+    Weights that are gathered come in half precision, but for those of layers with experts.
     """
-    return job.width < 4 and not (job.bf16_state or uses_fsdp(job, plan))
+    if job.width == 4 or job.bf16_state:
+        return 0.0
+    if not uses_fsdp(job, plan):
+        return placed.whole.matrices
+    return 0.0 if job.gathers_bf16 else placed.mixed.matrices
+
+
+def gathered_bytes(placed: Placed, job: Job) -> float:
+    """What a process has of a stage's weights once all are gathered: what the wires carry.
+
+    Weights of layers come in the type of autocast, but for layers with experts, of whose products autocast
+    knows nothing; embedding and output layer come as they are (hearth.parallel.sharding).
+    """
+    if job.gathers_bf16 or job.bf16_state:
+        return 2.0 * placed.whole.values
+    exact = placed.mixed.values + placed.ends.values
+    return layer_width(job, experts=False) * (placed.whole.values - exact) + 4.0 * exact
+
+
+def layer_width(job: Job, *, experts: bool) -> float:
+    """Bytes of a gathered weight of a layer."""
+    halved = job.gathers_bf16 or job.bf16_state or (job.width < 4 and not experts)
+    return 2.0 if halved else 4.0
 
 
 @dataclass(frozen=True)
@@ -189,9 +211,9 @@ def _held(placed: Placed, job: Job, plan: Plan) -> tuple[State, _Communication]:
     replicas = layout.batch_ranks / layout.expert if layout.expert > 1 else shard
     own = own + placed.experts.scaled(1 / replicas)
     width = 2.0 if job.gathers_bf16 or job.bf16_state else 4.0
-    inside = 2.0 if job.width < 4 else width  # of a layer's weights, in the type that autocast computes in
     layer, ends = placed.largest_layer, placed.ends
-    gathered = inside * (whole.values - ends.values) + width * ends.values
+    inside = layer_width(job, experts=placed.largest_is_mixed)
+    gathered = gathered_bytes(placed, job)
     # Stage 3: a layer, the next one that is gathered meanwhile, embedding and output layer all the time.
     forward = 2 * inside * layer.values + width * ends.values if plan.zero == 3 else gathered
     # Gradients of a layer as they come, and once more in the buffer that is sent.

@@ -11,6 +11,7 @@ from hearth.parallel.planner.choose import FILLED, describe_size, legal_plans
 from hearth.parallel.planner.facts import ModelFacts
 from hearth.parallel.planner.hardware import GIB, Cluster
 from hearth.parallel.planner.job import Job
+from hearth.parallel.planner.legal import is_legal, takes_rows
 from hearth.parallel.planner.memory import Memory, Plan, memory_of
 
 # Further than this no fix is looked for.
@@ -68,8 +69,10 @@ def check_fits(
 
 def _change_that_fits(facts: ModelFacts, job: Job, plan: Plan, room: float, device: str) -> str:
     for text, other_job, other_plan in _changes(job, plan):
-        if plan.micro_batches(job) and not other_plan.micro_batches(other_job):
+        if takes_rows(job, plan) and not takes_rows(other_job, other_plan):
             continue
+        if not is_legal(facts, other_job, other_plan):
+            continue  # a run would be refused for it
         if other_plan.offload and device == "cpu":
             continue  # the memory of the host is what there is too little of
         if memory_of(facts, other_job, other_plan, device=device).total <= room:
@@ -114,7 +117,7 @@ def _fits(facts: ModelFacts, job: Job, cluster: Cluster, device: str) -> bool:
     least = job.with_(micro_batch_size=1, checkpointing="full")
     room = FILLED * cluster.device.memory
     return any(
-        plan.micro_batches(least) and memory_of(facts, least, plan, device=device).total <= room
+        takes_rows(least, plan) and memory_of(facts, least, plan, device=device).total <= room
         for offload in (False, True)
         for plan in legal_plans(facts, job, cluster, offload=offload)
     )

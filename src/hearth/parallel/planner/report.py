@@ -4,31 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from hearth.config.parallel import ParallelSection
 from hearth.parallel.planner.choose import Choice, Planning, describe_size
 from hearth.parallel.planner.hardware import GIB
+from hearth.parallel.planner.legal import section_of
 
 _HOURS_A_DAY = 24
 
 
 def parallel_section(choice: Choice) -> dict[str, Any]:
     """What to write into the recipe's section parallel: what is not its default."""
-    layout, plan = choice.plan.layout, choice.plan
-    section: dict[str, Any] = {"data": layout.data}
-    for name in ("shard", "tensor", "pipeline", "context", "expert"):
-        size = getattr(layout, name)
-        if size > 1:
-            section[name] = size
+    layout = choice.plan.layout
+    section = section_of(choice.plan, bf16_reduce=choice.job.bf16_reduce)
+    found = {"data": layout.data} | section.model_dump(exclude_defaults=True)
     if layout.shard > 1:
-        section["zero"] = plan.zero
-    if plan.sequence:
-        section["sequence"] = True
+        found["zero"] = section.zero
     if layout.pipeline > 1:
-        section["schedule"] = plan.schedule
-        if plan.chunks > 1:
-            section["stages"] = plan.chunks
-    if plan.offload:
-        section["offload"] = "cpu"
-    return section
+        found["schedule"] = section.schedule
+    order = [name for name in ParallelSection.model_fields if name in found]
+    return {name: found[name] for name in order}
 
 
 def train_section(choice: Choice) -> dict[str, Any]:

@@ -107,6 +107,8 @@ class Placed:
     experts: State
     ends: State  # embedding, output layer, last norm: gathered in one piece
     largest_layer: State  # dense and experts, of the largest layer
+    mixed: State  # dense and experts of all layers that have experts
+    largest_is_mixed: bool
 
     @functools.cached_property
     def whole(self) -> State:
@@ -158,5 +160,7 @@ def _place(
         divisor = (1 if weight.part == "norm" else tensor) * (expert if is_expert else 1)
         (experts if is_expert else dense).add(weight, job, divisor)
         by_layer.setdefault(weight.layer, State()).add(weight, job, divisor)
-    largest = max(by_layer.values(), key=lambda state: state.values, default=State())
-    return Placed(dense, experts, ends, largest)
+    largest = max(by_layer, key=lambda layer: by_layer[layer].values, default=-1)
+    having = {weight.layer for weight in facts.weights if weight.part == "experts"}
+    mixed = sum((state for layer, state in by_layer.items() if layer in having), State())
+    return Placed(dense, experts, ends, by_layer.get(largest, State()), mixed, largest in having)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hearth.parallel.planner.activations import residual_width
 from hearth.parallel.planner.collectives import Group, collective_seconds
 from hearth.parallel.planner.facts import ModelFacts
 from hearth.parallel.planner.hardware import Cluster
 from hearth.parallel.planner.job import Job
-from hearth.parallel.planner.memory import Plan, has_ends, stage_layers, state_processes
+from hearth.parallel.planner.memory import (
+    Plan,
+    gathered_bytes,
+    has_ends,
+    stage_layers,
+    state_processes,
+    uses_fsdp,
+)
 from hearth.parallel.planner.schedules import bubble_share
-from hearth.parallel.planner.state import State, place
+from hearth.parallel.planner.state import Placed, place
 from hearth.parallel.planner.work import (
     HOST_BUS,
     HOST_MEMORY,
@@ -146,9 +154,13 @@ def _stage_seconds(
 
 
 def _tensor_seconds(facts: ModelFacts, job: Job, plan: Plan, cluster: Cluster, tokens: float) -> float:
-    """Two sums over the tensor group in each pass of a layer (Shoeybi et al. 2019, section 3)."""
+    """Two sums over the tensor group in each pass of a layer (Shoeybi et al. 2019, section 3).
+
+    Half of what is sent are results of products; the other half enters the layer's blocks, and is as wide as
+    what is between layers.
+    """
     passes = 6 if job.checkpointing == "full" else 4
-    size = job.width * facts.hidden_size * tokens
+    size = (job.width + residual_width(job)) / 2 * facts.hidden_size * tokens
     once = collective_seconds("all_reduce", size, Group.of(plan.layout, "tensor"), cluster)
     return passes * once * (1.0 - job.tensor_overlap)
 
@@ -168,31 +180,37 @@ def _context_seconds(
 
 
 def _expert_seconds(facts: ModelFacts, job: Job, plan: Plan, cluster: Cluster, tokens: float) -> float:
-    """Tokens go to their experts and back, in both passes; nothing hides it."""
+    """Tokens go to their experts and back, in all passes, as wide as between layers; nothing hides it."""
     layout = plan.layout
     if layout.expert == 1 or not facts.num_experts:
         return 0.0
-    size = job.width * facts.hidden_size * tokens * facts.experts_per_token
+    size = residual_width(job) * facts.hidden_size * tokens * facts.experts_per_token
+    passes = 6 if job.checkpointing == "full" else 4
     stride = layout.context * layout.tensor
-    return 4 * collective_seconds("all_to_all", size, Group(layout.expert, stride), cluster)
+    return passes * collective_seconds("all_to_all", size, Group(layout.expert, stride), cluster)
 
 
 def _data_seconds(
     facts: ModelFacts, job: Job, plan: Plan, cluster: Cluster, passes: Seconds, micro_batches: int
 ) -> tuple[float, float]:
-    """What shows of gathering weights and adding up gradients; and the time of the update."""
+    """What shows of gathering weights and adding up gradients; and the time of the update.
+
+    Processes of a sequence share the state where it is shared; otherwise they are replicas.
+    """
     layout = plan.layout
-    whole = _first_stage(facts, job, plan)
-    shard, data = Group.of(layout, "shard"), Group.of(layout, "data")
-    num_shards = state_processes(job, plan)
+    placed = _first_stage(facts, job, plan)
+    whole, num_shards = placed.whole, state_processes(job, plan)
+    if uses_fsdp(job, plan):
+        shard, data = Group.of(layout, "shard", "context"), Group.of(layout, "data")
+    else:
+        shard, data = Group(1), Group.of(layout, "data", "shard", "context")
     update = update_seconds(
         whole.trainable / num_shards, (whole.optimizer + whole.average) / num_shards, cluster.device
     )
     wire = 2.0 if job.bf16_reduce else 4.0
     exposed = 0.0
-    if layout.shard > 1:
-        width = 2.0 if job.gathers_bf16 or job.bf16_state else 4.0
-        gather = collective_seconds("all_gather", width * whole.values, shard, cluster)
+    if num_shards > 1:
+        gather = collective_seconds("all_gather", gathered_bytes(placed, job), shard, cluster)
         scatter = collective_seconds("reduce_scatter", wire * whole.trainable, shard, cluster)
         layers = max(1, len(stage_layers(facts, plan, 0)))
         if plan.zero == 3:
@@ -202,25 +220,24 @@ def _data_seconds(
             rounds = micro_batches if plan.zero == 2 else 1
             exposed += max(gather / layers, gather - passes.forward)
             exposed += rounds * max(scatter / layers, scatter - passes.backward)
-    if layout.data * layout.context > 1:
-        size = wire * whole.trainable / layout.shard
+    if data.size > 1:
+        size = wire * whole.trainable / num_shards
         reduce = collective_seconds("all_reduce", size, data, cluster)
-        reduce += collective_seconds("all_reduce", size, Group.of(layout, "context"), cluster)
         exposed += max(reduce / max(1, facts.num_layers), reduce - passes.backward)
     return exposed, update
 
 
 def _host_seconds(facts: ModelFacts, job: Job, plan: Plan, micro_batches: int) -> float:
     """Weights come over the bus for both passes, gradients go back, and the processor updates its share."""
-    share = _first_stage(facts, job, plan).scaled(1 / state_processes(job, plan))
+    share = _first_stage(facts, job, plan).whole.scaled(1 / state_processes(job, plan))
     moved = micro_batches * 4 * (2 * share.values + share.trainable) / HOST_BUS
     updated = (UPDATE_BYTES * share.trainable + 2 * share.optimizer) / HOST_MEMORY
     return moved + updated
 
 
-def _first_stage(facts: ModelFacts, job: Job, plan: Plan) -> State:
+def _first_stage(facts: ModelFacts, job: Job, plan: Plan) -> Placed:
     layout = plan.layout
-    placed = place(
+    return place(
         facts,
         job,
         stage_layers(facts, plan, 0),
@@ -229,4 +246,3 @@ def _first_stage(facts: ModelFacts, job: Job, plan: Plan) -> State:
         tensor=layout.tensor,
         expert=layout.expert,
     )
-    return placed.whole

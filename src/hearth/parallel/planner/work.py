@@ -69,7 +69,7 @@ def layer_seconds(
     routed = share * facts.count("experts", layer=index) / tensor
     product = 2 * tokens * (dense + routed) / product_rate(job, device)
     attention = 2 * tokens * facts.query_width / tensor * _span(job, layer, context)
-    attention /= device.attention or ATTENTION_EFFICIENCY * device.matmul
+    attention /= device.attention or ATTENTION_EFFICIENCY * _best_rate(job, device)
     again = recomputed_share(facts, layer, job)
     attention_again = attention if job.checkpointing == "full" else 0.0
     saved = saved_by_layer(facts, layer, job.with_(isolated=False), tensor=tensor)
@@ -92,10 +92,15 @@ def _crossings(job: Job) -> float:
 
 def product_rate(job: Job, device: Device) -> float:
     """FLOP/s of the matrix products of a model."""
-    best = device.matmul
+    best = _best_rate(job, device)
     if job.precision == "fp8" and device.fp8_matmul is not None:
         best = device.fp8_matmul
     return PRODUCT_EFFICIENCY * best
+
+
+def _best_rate(job: Job, device: Device) -> float:
+    """What is not computed in 8 bits: in half precision, or in float32 where that is the job's."""
+    return device.fp32 if job.precision == "fp32" and device.fp32 is not None else device.matmul
 
 
 def recomputed_share(facts: ModelFacts, layer: Layer, job: Job) -> float:
@@ -112,7 +117,7 @@ def recomputed_share(facts: ModelFacts, layer: Layer, job: Job) -> float:
 def head_seconds(facts: ModelFacts, job: Job, device: Device, *, tokens: float, tensor: int) -> Seconds:
     """The output layer and the loss: three products, all in the forward pass where logits come in chunks."""
     words = facts.vocab_size / (tensor if job.vocabulary_split else 1)
-    product = 2 * tokens * words * facts.hidden_size / (PRODUCT_EFFICIENCY * device.matmul)
+    product = 2 * tokens * words * facts.hidden_size / (PRODUCT_EFFICIENCY * _best_rate(job, device))
     moved = tokens * words * 4 * 6 / (MEMORY_EFFICIENCY * device.bandwidth)
     if device.link == "local":
         moved /= 2  # a chunk stays in the cache
