@@ -113,7 +113,11 @@ def alone() -> dict[str, dict[str, torch.Tensor]]:
     return {}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# Four processes take twice as long on two cores.
+_ROWS = [pytest.param(n, marks=[pytest.mark.slow] if num > 2 else []) for n, (num, _) in LAYOUTS.items()]
+
+
+@pytest.mark.parametrize("name", _ROWS)
 def test_as_one_process(launch: Any, tmp_path: Path, alone: Any, name: str) -> None:
     num, parallel = LAYOUTS[name]
     model = name.split("-")[0] if name.split("-")[0] in MODELS else "qwen3"

@@ -378,6 +378,7 @@ REAL: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "kv heads": ({"tensor": 2}, {"num_key_value_heads": 1}, "num_key_value_heads 1"),
     "intermediate": ({"tensor": 2}, {"intermediate_size": 47}, "intermediate_size 47"),
     "tensor of gpt2": ({"tensor": 2}, {"model_type": "gpt2"}, "GPT2Model has no plan"),
+    "tensor of a family nobody compared": ({"tensor": 2}, {"model_type": "qwen3_next"}, "qwen3_next is none"),
     "tied": ({"pipeline": 2}, {"tie_word_embeddings": True}, "tie_word_embeddings"),
     "dense experts": ({"expert": 2}, {}, "qwen3 has no experts"),
     "context of bloom": ({"context": 2}, {"model_type": "bloom"}, "context 2: bloom"),

@@ -23,7 +23,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if num > 2 else []) for n, (num, _) in LAYOUTS.items()]
+)
 def test_every_element_is_written_once(launch: Any, tmp_path: Path, name: str) -> None:
     num, parallel = LAYOUTS[name]
     model = {

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hearth.parallel.checks import TENSOR_FAMILIES
+
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 65,  # does not divide by 2
@@ -46,6 +48,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "granite": {"logits_scaling": 3.0},
     "starcoder2": {"sliding_window": None},
+    "arcee": {},
+    "cohere2": {},
+    "ernie4_5": {},
+    "exaone4": {},
+    "gemma": {},
+    "glm": {},
+    "helium": {},
+    "ministral": {},
+    "ministral3": {},
+    "nemotron": {},
+    "olmo": {},
+    "olmo3": {},
+    "seed_oss": {},
+    "smollm3": {},
+    "flex_olmo": MOE,
+    "granitemoe": MOE,
+    "minimax": MOE,
     "mixtral": MOE,
     "olmoe": MOE,
     "qwen3_moe": {**MOE, "norm_topk_prob": True},
@@ -131,8 +150,12 @@ def wrong(parts: dict[str, dict[str, Tensor]], cases: dict[str, Any]) -> dict[st
     return {name: each for name, each in found.items() if each}
 
 
+def test_what_is_allowed_is_what_is_compared() -> None:
+    assert {case_of(name, {})["model"]["model_type"] for name in FAMILIES} == TENSOR_FAMILIES
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_families_give_the_same_in_parts(launch: Any, tmp_path: Path) -> None:
     cases = {name: case_of(name, WAYS) for name in FAMILIES}
     assert not wrong(results(launch, tmp_path, cases), cases)

@@ -13,7 +13,15 @@ from hearth.errors import ConfigError
 from hearth.parallel.layout import Layout
 
 # Families of transformers whose outputs were compared with those of the whole model, in float64 and with all
-# differences below 1e-9: as stages of a pipeline, with positions and with experts spread over processes.
+# differences below 1e-9: cut by tensor parallelism (gradients, too), as stages of a pipeline, with positions
+# and with experts spread over processes.
+TENSOR_FAMILIES = frozenset(
+    """
+    apertus arcee cohere cohere2 deepseek_v3 ernie4_5 exaone4 flex_olmo gemma gemma2 gemma3_text glm glm4
+    glm4_moe gpt_neox granite granitemoe helium llama minimax ministral ministral3 mistral mixtral nemotron
+    olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2
+    """.split()  # noqa: SIM905 - a list of names to read
+)
 PIPELINE_FAMILIES = frozenset(
     """
     apertus arcee cohere cohere2 deepseek_v2 deepseek_v3 doge dots1 ernie4_5 ernie4_5_moe exaone4

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from hearth.config.parallel import ParallelSection
 from hearth.errors import ConfigError
 from hearth.parallel.blocks import find_blocks, norms_between, styles_within, wrap_blocks, wrap_layers
+from hearth.parallel.checks import TENSOR_FAMILIES
 from hearth.parallel.exchange import Bound, Group, add_up, copy_to, own_weights, scatter_sum
 from hearth.parallel.styles import LEFT_OUT, STYLES, Style
 from hearth.parallel.vocabulary import cut_vocabulary
@@ -84,6 +85,13 @@ def _plan_of(model: nn.Module, base: Any) -> dict[str, str]:
     if not plan:
         raise ConfigError(
             f"parallel.tensor: {kind} has no plan for tensor parallelism",
+            fix="use parallel.shard for this family",
+        )
+    family = base.config.get_text_config().model_type
+    if family not in TENSOR_FAMILIES:  # a plan may leave weights out, whose gradients would be wrong
+        raise ConfigError(
+            f"parallel.tensor: {family} is none of the families that were found to compute the same so: "
+            f"{', '.join(sorted(TENSOR_FAMILIES))}",
             fix="use parallel.shard for this family",
         )
     unknown = sorted(set(plan.values()) - set(STYLES))
