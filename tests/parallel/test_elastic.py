@@ -62,7 +62,14 @@ def fit(launch: Any, tmp_path: Path, num: int, parallel: dict[str, Any], **setti
     return result_of(launch("fit", num, [str(path)]))
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fsdp-tp",
+        pytest.param("2-4-1", marks=pytest.mark.slow),
+        pytest.param("pipeline", marks=pytest.mark.slow),
+    ],
+)
 def test_another_layout_goes_on_with_the_same_samples(
     launch: Any, tmp_path: Path, workspace_dir: Path, name: str
 ) -> None:
