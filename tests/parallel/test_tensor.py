@@ -60,7 +60,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nemotron": {},
     "olmo": {},
     "olmo3": {},
-    "seed_oss": {},
     "smollm3": {},
     "flex_olmo": MOE,
     "granitemoe": MOE,

@@ -19,7 +19,7 @@ TENSOR_FAMILIES = frozenset(
     """
     apertus arcee cohere cohere2 deepseek_v3 ernie4_5 exaone4 flex_olmo gemma gemma2 gemma3_text glm glm4
     glm4_moe gpt_neox granite granitemoe helium llama minimax ministral ministral3 mistral mixtral nemotron
-    olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2
+    olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3 starcoder2
     """.split()  # noqa: SIM905 - a list of names to read
 )
 PIPELINE_FAMILIES = frozenset(
