@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -21,5 +22,7 @@ if dist.get_rank() == 1 and not once.exists():
     once.touch()
     os._exit(1)
 dist.all_reduce(total)
-print(f"rank {dist.get_rank()} counts {total.item():g}", flush=True)
+# In one piece: both write to one pipe, and unbuffered printing sends the end of a line by itself.
+sys.stdout.write(f"rank {dist.get_rank()} counts {total.item():g}\n")
+sys.stdout.flush()
 dist.destroy_process_group()
