@@ -1,7 +1,5 @@
 """A process of a real process group; rank 1 dies once, after all have met."""
 
-# ruff: noqa: T201 - what it prints is its log
-
 from __future__ import annotations
 
 import os
