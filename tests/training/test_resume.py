@@ -320,13 +320,17 @@ def test_a_run_that_is_killed_after_it_stopped_early_trains_no_further(
 def test_a_writer_that_breaks_too_does_not_hide_what_ended_the_run(
     train_parts: MakeTrainer, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    in_the_loss = threading.Event()
+
     class Fails(Trainer):
         def compute_loss(self, model: Any, batch: Batch) -> Any:
             if self.state.step == 2:
+                in_the_loss.set()
                 raise ZeroDivisionError("in the loss")
             return super().compute_loss(model, batch)
 
     def breaks(*_: Any) -> Any:
+        in_the_loss.wait(30)
         raise RuntimeError("in the writer")
 
     monkeypatch.setattr(store, "write_tensors", breaks)

@@ -56,10 +56,13 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
     """Draw all weights of a model anew, in place; the global random state stays."""
     done: set[int] = set()
     for unit in units(model):
-        own = {id(tensor) for tensor in unit.tensors().values()}
-        if not own <= done:  # what is tied was drawn where it came first
+        own = {id(tensor): tensor for tensor in unit.tensors().values()}
+        if not own.keys() <= done:
+            kept = {key: own[key].detach().clone() for key in own.keys() & done}
             _draw(unit.module, unit, seed)
-        done |= own
+            for key, value in kept.items():  # what is tied was drawn where it came first
+                own[key].data.copy_(value)
+        done |= own.keys()
 
 
 def drawn_units(

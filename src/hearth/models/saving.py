@@ -7,11 +7,11 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hearth.errors import StorageError
@@ -116,7 +116,7 @@ def _write(
         model.save_pretrained(directory)
     else:
         model.config.save_pretrained(directory)
-        write_weights(weights, {name: tensor.nbytes for name, tensor in model.named_parameters()}, directory)
+        write_weights(weights, {name: tensor.nbytes for name, tensor in saved_tensors(model)}, directory)
     generation = generation_config
     if tokenizer is not None:
         if model.can_generate():
@@ -127,6 +127,13 @@ def _write(
         _complete_config(directory / "config.json", tokenizer)
     if generation is not None:
         generation.save_pretrained(directory)
+
+
+def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What files of a model hold: its weights, tied ones once, and the buffers that are state."""
+    yield from model.named_parameters()
+    state = model.state_dict()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in state)
 
 
 def write_weights(

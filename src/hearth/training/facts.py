@@ -31,5 +31,5 @@ class ModelFacts:
             sum(weight.numel() for weight in trainable_parameters(model).values()),
             flops_per_token(whole, sequence_length),
             shapes_hash(model),
-            frozenset(name for name, _ in model.named_parameters()),
+            frozenset(model.state_dict()),
         )

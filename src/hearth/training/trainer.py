@@ -495,8 +495,7 @@ class Trainer:
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint. Raises ConfigError when data, tokenizer or model differ."""
         self.identity.require_match(checkpoint)
-        own = {name for name, _ in self.model.named_parameters()}
-        restore(self.stateful, checkpoint, absent_weights=self.facts.names - own)
+        restore(self.stateful, checkpoint, absent_weights=self.facts.names - set(self.model.state_dict()))
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """The weights of a checkpoint, nothing else."""

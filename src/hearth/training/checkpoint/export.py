@@ -23,7 +23,7 @@ from hearth.config import Recipe
 from hearth.errors import ConfigError, IntegrityError, NotFoundError
 from hearth.models import load_model, load_tokenizer, resolve_reference, save_model
 from hearth.models.loading import files_have_other_names, quiet_transformers
-from hearth.models.saving import replace_directory
+from hearth.models.saving import replace_directory, saved_tensors
 from hearth.training.checkpoint.store import CheckpointStore
 from hearth.training.identity import base_hash, shapes_hash, tokenizer_hash
 from hearth.training.objectives import make_objective
@@ -128,7 +128,7 @@ def _plain(checkpoint: Checkpoint, skeleton: Path) -> tuple[Any, Mapping[str, Te
         model = model_class(config)
     _require(checkpoint, "model", shapes_hash(model), f"the configuration in {skeleton}")
     weights = _Final(checkpoint)
-    absent = [name for name, _ in model.named_parameters() if name not in weights]
+    absent = [name for name, _ in saved_tensors(model) if name not in weights]
     if absent:
         raise IntegrityError(f"checkpoint {checkpoint.path} has no weights for {absent[0]}")
     if not files_have_other_names(model):

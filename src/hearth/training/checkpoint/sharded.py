@@ -65,7 +65,10 @@ class ShardedTensors(Mapping[str, Tensor]):
         return self.read(name, tuple(slice(0, size) for size in self.shapes[name]))
 
     def read(self, name: str, box: tuple[slice, ...]) -> Tensor:
-        """A part of a tensor. Raises IntegrityError where files have only some of it."""
+        """A part of a tensor, in its own memory. Raises IntegrityError where files have only some of it."""
+        if any(want.start >= want.stop for want in box):  # a process may have none of a small one
+            first = self._files[self._boxes[name][0].path]
+            return torch.empty([want.stop - want.start for want in box], dtype=first.get_tensor(name).dtype)
         found: Tensor | None = None
         num = 0
         for part in self._boxes[name]:
@@ -78,7 +81,8 @@ class ShardedTensors(Mapping[str, Tensor]):
             there = tuple(slice(a - at, b - at) for (a, b), at in zip(shared, part.offset, strict=True))
             values: Tensor = self._files[part.path].get_slice(name)[there or ...]
             if all(span == (want.start, want.stop) for span, want in zip(shared, box, strict=True)):
-                return values
+                # A view of the file would keep it, and may not be contiguous, as fused optimizers need it.
+                return values.clone(memory_format=torch.contiguous_format)
             if found is None:
                 found = torch.empty([want.stop - want.start for want in box], dtype=values.dtype)
             found[tuple(slice(a - w.start, b - w.start) for (a, b), w in zip(shared, box, strict=True))] = (

@@ -4,6 +4,7 @@ weights, a loss scaler, whatever an objective keeps. Each is one group of a chec
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ class _Selected(Mapping[str, Tensor]):
             raise KeyError(name)
         return self._tensors[name]
 
-    @property
+    @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """By name."""
         return {name: shape_of(self._tensors, name) for name in self._names}

@@ -147,7 +147,8 @@ class CheckpointStore:
         temporary = final.with_name(final.name + _UNFINISHED)
         together = self._together
         try:
-            in_first(together, lambda: self._begin(temporary, snapshot))
+            needed = sum(together.gather(snapshot.num_bytes()))
+            in_first(together, lambda: self._begin(temporary, needed))
             parts = in_all(together, lambda: write_snapshot(temporary, snapshot, cancelled, together))
             files = {name: facts for part in parts for name, facts in part.items()}
             in_first(together, lambda: self._finish(temporary, final, snapshot, files))
@@ -162,9 +163,9 @@ class CheckpointStore:
             self.prune()
         return final
 
-    def _begin(self, temporary: Path, snapshot: Snapshot) -> None:
+    def _begin(self, temporary: Path, needed: int) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        self._require_space(snapshot)
+        self._require_space(needed)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
 
@@ -190,9 +191,9 @@ class CheckpointStore:
         fsync_directory(self.root)
         self._sound[final.name] = manifest.files
 
-    def _require_space(self, snapshot: Snapshot) -> None:
+    def _require_space(self, needed: int) -> None:
         """A disk that is too small is known before half a checkpoint has filled it."""
-        if shutil.disk_usage(self.root).free < snapshot.num_bytes():
+        if shutil.disk_usage(self.root).free < needed:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     def _storage_error(self, final: Path, needed: int, error: OSError) -> StorageError:
@@ -306,11 +307,9 @@ class CheckpointStore:
         if checkpoint_step(path) != manifest.step:
             raise IntegrityError(f"{path} holds the checkpoint of step {manifest.step}")
         self._sound[path.name] = manifest.files
-        try:
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            return Checkpoint(path, manifest.step, _Groups(path, manifest.groups()), state, manifest.metrics)
-        except (OSError, ValueError) as error:
-            raise IntegrityError(f"checkpoint {path} cannot be read: {error}") from error
+        where = together or Alone()
+        state = in_all(where, lambda: _read_state(path))[where.rank]
+        return Checkpoint(path, manifest.step, _Groups(path, manifest.groups()), state, manifest.metrics)
 
     def find(self, which: int | str) -> Checkpoint:
         """The checkpoint of a step, the ``best``, or the ``latest`` that verifies. Only reads.
@@ -377,6 +376,14 @@ def write_snapshot(
     if where.rank == 0:
         files[STATE] = write_bytes(directory / STATE, snapshot.state, cancelled)
     return files
+
+
+def _read_state(directory: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads((directory / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"checkpoint {directory} cannot be read: {error}") from error
+    return state
 
 
 def _compare(directory: Path, files: Mapping[str, FileFacts]) -> None:
