@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from hearth.errors import HearthError, TrainingError
@@ -11,16 +12,17 @@ from hearth.parallel.world import World
 Item = TypeVar("Item")
 
 
-def own_turns(world: World, items: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
+def own_turns(world: World, items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
     """Of items that are dealt out in turns those of this process, and whether each counts.
 
     Every process has equally many: one that comes away empty in the last turn gets the first item of that
     turn, which another has, too, and which does not count here.
     """
     ranks, own = world.layout.batch_ranks, world.layout.batch_rank(world.rank)
-    for first in range(0, len(items), ranks):
-        counts = first + own < len(items)
-        yield items[first + own if counts else first], counts
+    given = iter(items)
+    while turn := list(itertools.islice(given, ranks)):
+        counts = own < len(turn)
+        yield turn[own if counts else 0], counts
 
 
 def own_range(world: World, num: int) -> range:

@@ -9,10 +9,9 @@ of the data and the learning rate are functions of the step.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,6 +47,7 @@ from hearth.training.precision import choose_device, choose_precision, compute_d
 from hearth.training.progress import TrainingProgress
 from hearth.training.samples import Sample
 from hearth.training.schedule import learning_rate_at
+from hearth.training.shares import own_turns
 from hearth.training.timing import median_step_seconds
 from hearth.training.totals import LossTotals, add_up
 from hearth.training.trackers import Tracking, make_trackers
@@ -437,15 +437,8 @@ class Trainer:
 
     def _evaluate_batches(self, batches: Iterable[Batch], found: LossTotals) -> None:
         """Add up the losses of this process's share; all processes run the model equally often."""
-        ranks, own = self.world.layout.batch_ranks, self.world.layout.batch_rank(self.world.rank)
-
-        def mine() -> Iterator[tuple[Batch, bool]]:
-            given = iter(batches)
-            while group := list(itertools.islice(given, ranks)):
-                counts = own < len(group)
-                yield self.passes.own_positions(group[own if counts else 0]), counts
-
-        self.passes.add_losses(mine(), found)
+        turns = own_turns(self.world, batches)
+        self.passes.add_losses(((self.passes.own_positions(batch), counts) for batch, counts in turns), found)
 
     def loss_of(self, batch: Batch) -> Tensor:
         """The loss of a batch alone, wherever its model is."""
