@@ -20,7 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.parallel import DistributedDataParallel
 
 from hearth.errors import ConfigError
-from hearth.parallel.shards import _MADE_OF, _in_pieces
+from hearth.parallel.shards import MADE_OF, in_pieces
 from hearth.parallel.world import World
 
 _FIX = "use another layout: parallel.shard spreads the models of every family"
@@ -107,7 +107,7 @@ def _strange(before: Mapping[str, Item], model: nn.Module) -> Iterable[str]:
         shape, local = tuple(tensor.shape), tensor
         if isinstance(tensor, DTensor):
             local = tensor.to_local()
-            if not _in_pieces(tensor):
+            if not in_pieces(tensor):
                 due = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)[0]
                 if tuple(local.shape) != tuple(due):
                     yield f"{name} has {tuple(local.shape)} here, its placement says {tuple(due)}"
@@ -127,7 +127,7 @@ def _unsummed(model: nn.Module, runs: Sequence[nn.Module], world: World) -> Iter
         dimensions: tuple[str, ...] = ()
         if isinstance(weight, DTensor):
             dimensions = weight.device_mesh.mesh_dim_names or ()
-        covered = {own for dimension in dimensions for own in _MADE_OF.get(dimension, (dimension,))}
+        covered = {own for dimension in dimensions for own in MADE_OF.get(dimension, (dimension,))}
         if left := sorted(needed - covered):
             yield f"the gradients of {name} are not added up over {', '.join(left)}"
 

@@ -166,8 +166,8 @@ def _add_up(buffer: Tensor, wire: torch.dtype | None, group: Any) -> Any:
     return future.then(take)
 
 
-def synchronize_gradients(module: nn.Module, section: ParallelSection, *, last: bool) -> Any:
-    """A context for a micro-batch: gradients are shared after the last one of a step alone.
+def synchronize_gradients(module: nn.Module, section: ParallelSection, *, last: bool) -> None:
+    """Before a micro-batch: gradients are shared after the last one of a step alone.
 
     With ZeRO 2 and 3 they are shared after each, which is what keeps their memory small.
     """

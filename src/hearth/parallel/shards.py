@@ -15,7 +15,7 @@ from hearth.parallel.layout import DIMENSIONS
 from hearth.parallel.world import World
 
 # Dimensions of meshes that stand for several of a layout.
-_MADE_OF = {
+MADE_OF = {
     "shard_context": ("shard", "context"),
     "replicas": ("data", "shard", "context"),
     "replica": ("data", "shard"),
@@ -45,12 +45,12 @@ def part_to_write(tensor: Tensor, world: World) -> Part | None:
     """
     if not isinstance(tensor, DTensor):
         return _whole(tensor) if _is_first(world, DIMENSIONS[1:]) else None
-    if _in_pieces(tensor):
+    if in_pieces(tensor):
         gathered = tensor.full_tensor()
         return _whole(gathered) if _is_first(world, DIMENSIONS[1:]) else None
     mesh, placements = tensor.device_mesh, tensor.placements
     names = mesh.mesh_dim_names or ()
-    covered = {own for name in names for own in _MADE_OF.get(name, (name,))}
+    covered = {own for name in names for own in MADE_OF.get(name, (name,))}
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
     first = all(
@@ -68,7 +68,7 @@ def own_box(tensor: Tensor) -> tuple[slice, ...] | None:
     """Where in the whole this process's part of a tensor is; None where that is more than one box."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
-    if _in_pieces(tensor):
+    if in_pieces(tensor):
         return None
     sizes, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(at, at + size) for at, size in zip(offset, sizes, strict=True))
@@ -113,7 +113,7 @@ def _is_first(world: World, names: list[str] | tuple[str, ...]) -> bool:
     return all(at[name] == 0 for name in names)
 
 
-def _in_pieces(tensor: DTensor) -> bool:
+def in_pieces(tensor: DTensor) -> bool:
     """Whether a process has several boxes: of matrices that are packed into one."""
     for index, placement in enumerate(tensor.placements):
         if isinstance(placement, _StridedShard):
