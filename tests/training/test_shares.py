@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hearth.errors import DataError
 from hearth.parallel.layout import Layout
 from hearth.parallel.world import World
-from hearth.training.shares import in_every_process, own_range, own_turns
+from hearth.training.checkpoint.together import in_all
+from hearth.training.shares import own_range, own_turns
 
 
 def worlds(layout: Layout) -> list[World]:
@@ -38,6 +39,6 @@ def test_ranges_are_of_almost_equal_sizes(num: int, size: int) -> None:
 
 def test_one_process_asks_nobody() -> None:
     alone = World.alone(torch.device("cpu"))
-    assert in_every_process(alone, lambda: 3) == [3]
+    assert in_all(alone, lambda: 3) == [3]
     with pytest.raises(DataError, match="as it is"):
-        in_every_process(alone, lambda: (_ for _ in ()).throw(DataError("as it is")))
+        in_all(alone, lambda: (_ for _ in ()).throw(DataError("as it is")))

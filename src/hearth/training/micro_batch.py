@@ -12,10 +12,10 @@ import torch
 from hearth.engine.memory import available_memory
 from hearth.errors import ConfigError
 from hearth.training import rng
+from hearth.training.checkpoint.together import in_all
 from hearth.training.clipping import local
 from hearth.training.optimizers import state_bytes
 from hearth.training.peak_memory import peak_bytes
-from hearth.training.shares import in_every_process
 from hearth.training.totals import add_up
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def choose_micro_batch(trainer: Trainer) -> MicroBatch:
         if share > 1 and needed[1] is not None:
             needed[2] = measure(2)
         found = min(
-            in_every_process(
+            in_all(
                 world,
                 lambda: find_size(needed.get, batch_size=share, reserved_bytes=reserved, free_bytes=free),
             ),

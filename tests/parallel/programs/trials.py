@@ -23,7 +23,7 @@ from hearth.errors import NonFiniteError, TrainingError
 from hearth.parallel.tensor import gathered
 from hearth.parallel.world import World, joined
 from hearth.training import Batch, Trainer
-from hearth.training.shares import in_every_process
+from hearth.training.checkpoint.together import in_all
 
 LENGTH, VOCAB, POISON = 24, 64, 63
 
@@ -98,7 +98,7 @@ def broken(make: Any) -> dict[str, Any]:
 def told(world: World) -> bool:
     """Whether this process hears of what fails in the last one alone."""
     try:
-        in_every_process(world, lambda: 1 // (world.size - 1 - world.rank))
+        in_all(world, lambda: 1 // (world.size - 1 - world.rank))
     except (TrainingError, ZeroDivisionError) as error:
         return "ZeroDivisionError" in f"{type(error).__name__}: {error}"
     return False

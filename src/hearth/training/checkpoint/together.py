@@ -7,14 +7,21 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from hearth.errors import TrainingError
+
 Result = TypeVar("Result")
 
 
 class Together(Protocol):
     """Processes that all do the same, in the same order."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int:
+        """Which of them this is, from 0."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all, by rank, in all."""
@@ -45,7 +52,10 @@ class ByGroup:
 
 
 def in_all(together: Together, function: Callable[[], Result]) -> list[Result]:
-    """Run ``function`` in all processes; what it returned in each. Raises in all where it raised in one."""
+    """Run ``function`` in all processes; what it returned in each. Raises in all where it raised in one.
+
+    ``function`` must not wait for the others.
+    """
     if together.size == 1:
         return [function()]
     error: BaseException | None = None
@@ -54,7 +64,7 @@ def in_all(together: Together, function: Callable[[], Result]) -> list[Result]:
         result = function()
     except Exception as raised:  # noqa: BLE001 - told to all, and raised again
         error = raised
-    outcomes = together.gather((result, error))
+    outcomes = together.gather((result, error if error is None else _told(error)))
     if error is not None:
         raise error
     for rank, (_, other) in enumerate(outcomes):
@@ -62,6 +72,13 @@ def in_all(together: Together, function: Callable[[], Result]) -> list[Result]:
             other.add_note(f"in process {rank}")
             raise other
     return [result for result, _ in outcomes]
+
+
+def _told(error: BaseException) -> BaseException:
+    """What another process can read of an error: those of other packages may be made of anything."""
+    if type(error).__module__.partition(".")[0] in ("builtins", "hearth"):
+        return error
+    return TrainingError(f"{type(error).__name__}: {error}")
 
 
 def in_first(together: Together, function: Callable[[], Result]) -> Result:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hearth.config.objectives import ReinforceSection
 from hearth.errors import ConfigError, DataError
 from hearth.training.batches import Batch, Rows, describe_row
+from hearth.training.checkpoint.together import in_all
 from hearth.training.logprobs import sequence_sums, token_logprobs
 from hearth.training.loss import unwrap
 from hearth.training.objectives.base import TOKENS, Losses, Objective
@@ -35,7 +36,7 @@ from hearth.training.rollouts.judge import RewardModelJudge
 from hearth.training.rollouts.rewards import Rewards, make_rewards
 from hearth.training.rollouts.source import Draw, RolloutSource
 from hearth.training.samples import sample_rows
-from hearth.training.shares import in_every_process, own_range, own_turns
+from hearth.training.shares import own_range, own_turns
 
 if TYPE_CHECKING:
     from hearth.training.trainer import Trainer
@@ -168,7 +169,7 @@ class ReinforceObjective(Objective):
         prompts = [self._prompt(rows, index) for index in indices]
         own = own_range(trainer.world, len(prompts))
         self._source.take_weights(trainer.model)
-        judged = in_every_process(
+        judged = in_all(
             trainer.world, lambda: self._draw_and_judge(trainer, rows, indices, prompts, own, number)
         )
         drawn = [group for part in judged for group in part.drawn]
