@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hearth.training.objectives import Losses
     from hearth.training.trainer import Trainer
 
+Key = TypeVar("Key")
 Result = TypeVar("Result")
 _ROUNDS = 8  # of an evaluation, micro-batches for each process that go through a pipeline at once
 
@@ -81,25 +82,45 @@ class Passes:
         result: Result = self.spread.module(function, *inputs)
         return result
 
-    def run_on(self, function: Callable[[nn.Module, Batch], Result], batch: Batch) -> Result:
-        """``function(model, batch)`` without gradients, in a pipeline too; any picklable result."""
+    def run_on_each(
+        self, function: Callable[[nn.Module, Batch], Result], batches: Iterable[tuple[Key, Batch]]
+    ) -> Iterator[tuple[Key, Result]]:
+        """``function(model, batch)`` for each batch, with the key that it came with; no gradients.
+
+        In a pipeline, too, where the result must be picklable.
+        """
+        # Of a pipeline as many at once as there are processes: fewer do not fill a schedule.
+        given, at_once = iter(batches), self._trainer.config.parallel.pipeline
+        while group := list(itertools.islice(given, at_once)):
+            results = self._results(function, [batch for _, batch in group])
+            yield from zip((key for key, _ in group), results, strict=True)
+
+    @torch.no_grad()
+    def _results(
+        self, function: Callable[[nn.Module, Batch], Result], batches: Sequence[Batch]
+    ) -> list[Result]:
         trainer, pipeline = self._trainer, self.spread.pipeline
-        with torch.no_grad(), autocast(trainer.precision, trainer.device):
-            if pipeline is None:
-                return self.run_model(function, batch.to(trainer.device))
-            moved = batch.to(trainer.device)
-            found: list[Result] = []
+        moved = self._alike(batches)
+        if pipeline is None:
+            with autocast(trainer.precision, trainer.device):
+                return [self.run_model(function, batch) for batch in moved]
+        found: dict[int, Result] = {}
 
-            def part_of(model: nn.Module, number: int) -> Tensor:
-                use_split_of(trainer.model, model)
-                if number == 0:
-                    found.append(function(model, moved))
-                return torch.zeros((), device=trainer.device)
+        def part_of(model: nn.Module, number: int) -> Tensor:
+            use_split_of(trainer.model, model)
+            if number < len(batches):
+                found[number] = function(model, moved[number])
+            return torch.zeros((), device=trainer.device)
 
-            # As many as there are processes: fewer do not fill an interleaved schedule.
-            self._run(pipeline, [moved] * trainer.config.parallel.pipeline, part_of)
-            result: Result = pipeline.from_last(found)[0]
-        return result
+        self._run(pipeline, moved + moved[:1] * (-len(moved) % trainer.config.parallel.pipeline), part_of)
+        results: dict[int, Result] = pipeline.from_last(found)
+        return [results[number] for number in range(len(batches))]
+
+    def _alike(self, batches: Sequence[Batch]) -> list[Batch]:
+        """On the device, and of one shape: what passes from stage to stage has one."""
+        num_rows = max(len(batch.input_ids_BT) for batch in batches)
+        width = max(batch.input_ids_BT.shape[1] for batch in batches)
+        return [batch.padded(num_rows, width).to(self._trainer.device) for batch in batches]
 
     def _losses(self, batch: Batch) -> Losses:
         """The loss of a micro-batch that is on the device."""
@@ -119,10 +140,7 @@ class Passes:
         self, pipeline: Pipeline, batches: Sequence[tuple[Batch, bool]], expected: Mapping[str, float]
     ) -> LossTotals:
         trainer = self._trainer
-        # What passes from stage to stage has one shape.
-        num_rows = max(len(batch.input_ids_BT) for batch, _ in batches)
-        width = max(batch.input_ids_BT.shape[1] for batch, _ in batches)
-        moved = [batch.padded(num_rows, width).to(trainer.device) for batch, _ in batches]
+        moved = self._alike([batch for batch, _ in batches])
         found = LossTotals(trainer.device)
 
         def part_of(model: nn.Module, number: int) -> Tensor:

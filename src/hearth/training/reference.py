@@ -276,9 +276,9 @@ def _fill(
     with evaluating(trainer.model):
         for table in tables:
             own = np.zeros_like(values[table.name])
-            for (group, new), counts in own_turns(world, missing[table.name]):
-                batch = table.batch(group)
-                sums, _ = trainer.passes.run_on(sequence_logprobs, batch)
+            turns = ((turn, table.batch(turn[0][0])) for turn in own_turns(world, missing[table.name]))
+            for turn, (sums, _) in trainer.passes.run_on_each(sequence_logprobs, turns):
+                (group, new), counts = turn
                 if not counts:
                     continue
                 found = sums.double().cpu().numpy().reshape(len(group), table.num_parts)

@@ -152,11 +152,14 @@ class KTO(PreferenceObjective):
         total = torch.zeros((), dtype=torch.float64, device=trainer.device)
         size, num = trainer.micro_batch_size, len(indices)
         groups = [range(start, min(start + size, num)) for start in range(0, num, size)]
-        with evaluating(trainer.model):
+
+        def turns() -> Iterator[tuple[bool, Batch]]:
             for positions, counts in own_turns(trainer.world, groups):
                 batch = self._mismatched(rows, indices, positions)
-                batch = reference.attach(batch, table, [first + each for each in positions])
-                ratios_S = trainer.passes.run_on(log_ratios, batch)
+                yield counts, reference.attach(batch, table, [first + each for each in positions])
+
+        with evaluating(trainer.model):
+            for counts, ratios_S in trainer.passes.run_on_each(log_ratios, turns()):
                 if counts:
                     total += ratios_S.sum()
         return (trainer.world.sum_over_batch(total) / num).clamp(min=0).cpu()

@@ -235,10 +235,10 @@ class ReinforceObjective(Objective):
         groups = [range(first, min(first + size, num)) for first in range(0, num, size)]
         own: list[tuple[range, dict[str, Tensor]]] = []
         with evaluating(trainer.model):
-            for places, counts in own_turns(trainer.world, groups):
-                batch = rollouts.batch(places)
-                measured = trainer.passes.run_on(self.measure, batch)
-                order_N = label_order(batch)
+            turns = ((turn, rollouts.batch(turn[0])) for turn in own_turns(trainer.world, groups))
+            measures = trainer.passes.run_on_each(lambda m, batch: (self.measure(m, batch), batch), turns)
+            for (places, counts), (measured, batch) in measures:
+                order_N = label_order(batch).cpu()
                 if counts:
                     own.append((places, {name: value_N.cpu()[order_N] for name, value_N in measured.items()}))
         found: dict[str, Tensor] = {}
