@@ -199,10 +199,13 @@ def test_a_second_job_on_the_port_ends_and_the_first_goes_on(processes: Processe
     for rank in range(2):
         wait_for(processes, rank, "MET 2", seconds=90)
     processes.group(meet("6"), 2, MASTER_PORT=port)
-    assert processes.codes(60, of=[2, 3]) == [1, 1]
-    for text in processes.texts()[2:]:
-        assert "Traceback" not in text
-        assert "TrainingError" in text
+    processes.group(meet("6"), 4, ranks=[3], MASTER_PORT=port)
+    assert processes.codes(60, of=[2, 3, 4]) == [1, 1, 1]
+    first, second, fourth = processes.texts()[2:]
+    assert f"did not meet the others at 127.0.0.1:{port}" in first
+    assert f"another process that meets at 127.0.0.1:{port} is rank 1 already" in second
+    assert f"another job, of 2 processes, meets at 127.0.0.1:{port}, not 4" in fourth
+    assert "Traceback" not in first + second + fourth
     done.touch()
     assert processes.codes(30, of=[0, 1]) == [0, 0]
 

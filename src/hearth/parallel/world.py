@@ -32,6 +32,7 @@ _LONG = datetime.timedelta(days=2)
 _GRACE_SECONDS = 5.0  # in which torch reports by itself that time is over
 _START = "start the processes with `hearth launch` or torchrun"
 _REACH = "see that every process runs and reaches that address; parallel.timeout says how long to wait"
+_PORT = "give every job of a node a MASTER_PORT of its own, and end what is left of an earlier start"
 # Of gloo and NCCL, which raise plain RuntimeErrors, also in a backward pass.
 _SIGNS_OF_LOSS = ("gloo", "nccl", "connection closed", "connection reset", "timeout caused pair closure")
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -306,6 +307,7 @@ def _connect(section: ParallelSection, device: torch.device, rank: int, size: in
         store = _within(section.timeout + _GRACE_SECONDS, lambda: _meet(limit))
         if store is None:
             raise LostProcessError(f"{unmet}: something else listens there, and does not answer", fix=_REACH)
+        _take_place(store, rank, size, where)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"{unmet}: {_first_line(error)}", fix=_REACH) from error
@@ -318,6 +320,18 @@ def _meet(limit: datetime.timedelta) -> Any:
     store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
     store.set_timeout(limit)
     return dist.PrefixStore("default_pg", store)  # type: ignore[attr-defined]
+
+
+def _take_place(store: Any, rank: int, size: int, where: str) -> None:
+    """Raise TrainingError where the processes that meet there are those of another job.
+
+    torch would let this one in: it would take the other job's addresses, and wait for its answers for ever.
+    """
+    there = store.compare_set("hearth/size", "", str(size)).decode()
+    if there != str(size):
+        raise TrainingError(f"another job, of {there} processes, meets at {where}, not {size}", fix=_PORT)
+    if store.add(f"hearth/rank-{rank}", 1) > 1:
+        raise TrainingError(f"another process that meets at {where} is rank {rank} already", fix=_PORT)
 
 
 def _within(seconds: float, function: Callable[[], Item]) -> Item | None:

@@ -10,25 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from fit import make_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hearth.config import Recipe
 from hearth.parallel.world import joined
 from hearth.training import Trainer
-
-LENGTH, VOCAB = 24, 64
-
-
-def make_rows(num: int) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(0)
-    rows = []
-    for _ in range(num):
-        tokens = np.cumsum(rng.integers(1, 3, LENGTH + 1)) % VOCAB
-        places = {"position_ids": np.arange(LENGTH), "segment_ids": np.zeros(LENGTH, dtype=int)}
-        rows.append({"input_ids": tokens[:-1], "labels": tokens[1:], **places})
-    return rows
 
 
 def main() -> None:
@@ -49,7 +37,7 @@ def main() -> None:
             seen.add(f"hidden {inputs[0].dtype}")
 
         layer.mlp.register_forward_pre_hook(look)
-        rows = make_rows(64)
+        rows = make_rows(64, 0)
         trainer = Trainer(model=model, train_dataset=rows, config=recipe, world=world, progress=False)
         results = [trainer.train_step(step) for step in range(8)]
         kept = {str(weight.dtype) for weight in trainer.model.parameters()}

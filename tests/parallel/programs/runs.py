@@ -10,25 +10,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
+from fit import StopAt
 from objectives import make_tokenizer, make_trainer
 
 from hearth.config import Recipe
 from hearth.errors import Interrupted
 from hearth.parallel.world import joined
-from hearth.training import Callback
 from hearth.workspace import Workspace
-
-
-class StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, trainer: Any, step: int, metrics: Any) -> None:
-        if step == self.step:
-            trainer.request_stop("as asked")
 
 
 def main() -> None:

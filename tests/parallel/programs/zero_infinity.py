@@ -10,35 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from parity import make_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hearth.config import Recipe
 from hearth.parallel.world import joined
 from hearth.training import Trainer
-
-LENGTH, ROWS = 24, 64
-
-
-def make_rows(vocabulary: int) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(0)
-    rows = []
-    for _ in range(ROWS):
-        cut = int(rng.integers(4, LENGTH - 4))
-        tokens = rng.integers(3, vocabulary, LENGTH + 1)
-        labels = np.where(rng.random(LENGTH) < 0.8, tokens[1:], -100)
-        labels[cut - 1] = -100
-        rows.append(
-            {
-                "input_ids": tokens[:-1],
-                "labels": labels,
-                "position_ids": np.concatenate([np.arange(cut), np.arange(LENGTH - cut)]),
-                "segment_ids": np.concatenate([np.zeros(cut), np.ones(LENGTH - cut)]).astype(int),
-            }
-        )
-    return rows
 
 
 class Odd(Trainer):
