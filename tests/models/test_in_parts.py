@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hearth.config.recipe import ModelSection
 from hearth.errors import ConfigError, ModelError
@@ -67,9 +67,14 @@ def test_the_twin_is_small_and_whole() -> None:
     assert not any(weight.is_meta for weight in parts.twin.parameters())
 
 
-def test_a_mixture_of_experts_is_read_as_a_whole(tmp_path: Path) -> None:
-    assert build_in_parts(ModelSection(config=MOE), vocab_size=64) is not None
-    assert build_in_parts(ModelSection(base=str(saved(tmp_path, MOE))), vocab_size=64) is None
+def test_an_incomplete_base_is_left_to_who_says_what_is_missing(tmp_path: Path) -> None:
+    base = saved(tmp_path, MOE)
+    file = next(path for path in base.glob("*.safetensors") if "experts.2" in str(load_file(path).keys()))
+    kept = {name: tensor for name, tensor in load_file(file).items() if "experts.2" not in name}
+    save_file(kept, file, {"format": "pt"})
+    assert build_in_parts(ModelSection(base=str(base)), vocab_size=64) is None
+    with pytest.raises(ModelError, match=r"have another shape: model\.layers"):
+        build_model(ModelSection(base=str(base)), vocab_size=64)
 
 
 def test_bad_input_is_refused_as_of_a_whole(tmp_path: Path) -> None:

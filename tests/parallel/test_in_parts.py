@@ -44,6 +44,8 @@ ROWS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
     "pp2": (QWEN3, 2, {"pipeline": 2}),
     "fsdp2-pp2": (QWEN3, 4, {"shard": 2, "pipeline": 2}),
     "moe-ep2": (MOE, 2, {"data": 2, "expert": 2}),
+    "moe-fsdp2": (MOE, 2, {"shard": 2}),
+    "moe-tp2": (MOE, 2, {"tensor": 2}),
 }
 
 
@@ -76,7 +78,16 @@ def test_new_weights(launch: Any, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "adapter"), [("fsdp2", False), ("fsdp2", True), ("tp2-packed", False), ("fsdp2-pp2", False)]
+    ("name", "adapter"),
+    [
+        ("fsdp2", False),
+        ("fsdp2", True),
+        ("tp2-packed", False),
+        ("fsdp2-pp2", False),
+        ("moe-ep2", False),
+        ("moe-fsdp2", False),
+        ("moe-tp2", False),
+    ],
 )
 def test_saved_weights(launch: Any, tmp_path: Path, name: str, adapter: bool) -> None:
     config, num, parallel = ROWS[name]
@@ -101,9 +112,12 @@ def memory_of(launch: Any, tmp_path: Path, num: int, **settings: Any) -> tuple[i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("from_files", [False, True])
-def test_no_process_has_memory_for_all(launch: Any, tmp_path: Path, from_files: bool) -> None:
-    large = {**QWEN3, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24}
+@pytest.mark.parametrize(("kind", "from_files"), [(QWEN3, False), (QWEN3, True), (MOE, True)])
+def test_no_process_has_memory_for_all(
+    launch: Any, tmp_path: Path, kind: dict[str, Any], from_files: bool
+) -> None:
+    large = {**kind, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24}
+    large["moe_intermediate_size"] = 512
     model: dict[str, Any] = {"config": large}
     if from_files:
         # In half precision, as most are: the same type would be mapped, not read.

@@ -7,7 +7,7 @@ each take what it has a part of.
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -17,17 +17,19 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hearth.config.recipe import ModelSection
+from hearth.errors import UnsupportedModelError
 from hearth.models.building import config_for_section, require_embeddings, with_special_tokens
 from hearth.models.initialising import drawn_units, units
 from hearth.models.loading import (
     check_model_directory,
-    files_have_other_names,
     load_config,
     quiet_transformers,
     read_safetensors_header,
     weight_files,
 )
+from hearth.models.pieces import Joined, OnDisk, Piece, pieces_of
 from hearth.models.reference import resolve_reference
+from hearth.models.saving import saved_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,20 +68,27 @@ class NewWeights:
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """Those of safetensors files, which have the names of the model; buffers by the family."""
+    """Those of safetensors files; buffers that are in no file by the family."""
 
     model: PreTrainedModel
-    files: tuple[Path, ...]
+    pieces: Mapping[str, Piece | Joined]
+    file_of: Mapping[str, Path]  # by the names of tensors in files
 
     def tensors(self, wanted: Container[str]) -> Iterator[tuple[str, Sliceable]]:
         """A part is read when it is asked for."""
-        for path in self.files:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - no mapping
-                    if name in wanted:
-                        yield name, file.get_slice(name)
+        together: dict[tuple[Path, ...], list[str]] = {}
+        for name in filter(wanted.__contains__, self.pieces):
+            paths = {self.file_of[each] for each in self.pieces[name].names()}
+            together.setdefault(tuple(sorted(paths)), []).append(name)
+        for where, names in together.items():
+            files: dict[str, Any] = {}
+            for path in where:
+                file = safe_open(path, framework="pt")
+                files |= dict.fromkeys(file.keys(), file)
+            for name in names:
+                yield name, OnDisk(self.pieces[name], files)
         for found in drawn_units(self.model, 0, wanted, weights=False):
-            yield from found.items()
+            yield from ((name, tensor) for name, tensor in found.items() if name not in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -101,13 +110,13 @@ def build_in_parts(
 ) -> InParts | None:
     """What `build_model` builds, without its weights; None where the family can only be built as a whole.
 
-    That is so where the files have other names or shapes than the model (mixtures of experts, mostly), or a
+    That is so where the model is put together from its files in a way that `pieces_of` does not know, or a
     family leaves weights as its constructor made them. Raises as `build_model` does.
     """
-    files: tuple[Path, ...] = ()
+    files: list[Path] = []
     if section.base is not None:
         directory = check_model_directory(resolve_reference(section.base, workspace))
-        config, files = load_config(directory), tuple(weight_files(directory))
+        config, files = load_config(directory), weight_files(directory)
     else:
         config = with_special_tokens(config_for_section(section, vocab_size=vocab_size), tokenizer)
     try:
@@ -117,10 +126,11 @@ def build_in_parts(
         return None
     if section.base is None:
         return InParts(model, NewWeights(whole, seed), twin)
-    if not _covers(whole, files):
+    source = _saved(whole, files)
+    if source is None:
         return None
     require_embeddings(model, vocab_size, section.base)
-    return InParts(model.eval(), SavedWeights(whole, files), twin)
+    return InParts(model.eval(), source, twin)
 
 
 def _on_meta(config: Any) -> PreTrainedModel:
@@ -157,13 +167,15 @@ def _require_drawable(model: PreTrainedModel) -> None:
             pass
 
 
-def _covers(model: PreTrainedModel, files: tuple[Path, ...]) -> bool:
-    """Whether the files have the model's weights, all of them, by its own names."""
-    if files_have_other_names(model):
-        return False
-    saved = {name: entry for path in files for name, entry in read_safetensors_header(path).items()}
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return tied >= saved.keys() and all(
-        name in saved and list(tensor.shape) == saved[name]["shape"]
-        for name, tensor in model.named_parameters()
-    )
+def _saved(model: PreTrainedModel, files: list[Path]) -> SavedWeights | None:
+    """Where the weights are, if the files have all of them in their shapes, in ways that are known."""
+    headers = {path: read_safetensors_header(path) for path in files}
+    shapes = {name: entry["shape"] for header in headers.values() for name, entry in header.items()}
+    try:
+        pieces = pieces_of(model, shapes)
+    except UnsupportedModelError:
+        return None
+    for name, tensor in saved_tensors(model):
+        if name not in pieces or pieces[name].shape != tuple(tensor.shape):
+            return None
+    return SavedWeights(model, pieces, {name: path for path, header in headers.items() for name in header})

@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
 from hearth.errors import ModelError, UnsupportedModelError
@@ -202,11 +201,6 @@ def load_model(
         raise UnsupportedModelError(f"{directory} ({config.model_type}) cannot be opened: {error}") from error
     _check_coverage(directory, config, report)
     return cast(PreTrainedModel, model.to(device).eval())
-
-
-def files_have_other_names(model: PreTrainedModel) -> bool:
-    """Whether files of this family hold weights under other names or in other pieces than the model."""
-    return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def _require_language_model(directory: Path, config: PreTrainedConfig) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hearth.errors import StorageError
 from hearth.models.loading import quiet_transformers
+from hearth.models.pieces import as_in_files
 
 MAX_FILE_BYTES = 5_000_000_000
 # End-of-turn tokens of the common chat formats; one counts only if the template itself writes it.
@@ -80,8 +81,9 @@ def save_model(
 
     The directory appears by one rename and opens in ``AutoModelForCausalLM`` and ``AutoTokenizer``. Without
     ``generation_config`` the defaults follow from the tokenizer. ``weights``: of a model that has no memory
-    for them; as many are in memory at a time as fit in one file. Raises ``StorageError`` when the disk is
-    full or read-only; what was at ``out_dir`` before is then still there.
+    for them, and of which `are_written_one_by_one`; as many are in memory at a time as fit in one file.
+    Raises ``StorageError`` when the disk is full or read-only; what was at ``out_dir`` before is then still
+    there.
     """
     target = Path(out_dir)
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
@@ -116,7 +118,12 @@ def _write(
         model.save_pretrained(directory)
     else:
         model.config.save_pretrained(directory)
-        write_weights(weights, {name: tensor.nbytes for name, tensor in saved_tensors(model)}, directory)
+        write_weights(
+            weights,
+            {name: tensor.nbytes for name, tensor in saved_tensors(model)},
+            directory,
+            in_files=lambda name, weight: as_in_files(model, name, weight),
+        )
     generation = generation_config
     if tokenizer is not None:
         if model.can_generate():
@@ -141,11 +148,13 @@ def write_weights(
     sizes: Mapping[str, int],
     directory: Path,
     *,
+    in_files: Callable[[str, Tensor], Mapping[str, Tensor]] = lambda name, weight: {name: weight},
     max_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write weights as safetensors files of at most ``max_bytes``, with an index where they are several.
 
-    ``sizes``: the bytes of each weight to write. One file's weights are read at a time.
+    ``sizes``: the bytes of each weight to write; ``in_files``: what is written of one, by name. One file's
+    weights are read at a time; a weight is never divided between files.
     """
     files: list[list[str]] = [[]]
     room = max_bytes
@@ -159,8 +168,13 @@ def write_weights(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files, 1):
         file = f"model-{number:05}-of-{len(files):05}.safetensors" if several else "model.safetensors"
-        save_file({name: weights[name].contiguous() for name in names}, directory / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
+        tensors = {
+            written: tensor.contiguous()
+            for name in names
+            for written, tensor in in_files(name, weights[name]).items()
+        }
+        save_file(tensors, directory / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
     if several:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         path = directory / "model.safetensors.index.json"

@@ -43,12 +43,15 @@ SECTIONS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("model", ["tied", "untied", "averaged"])
+@pytest.mark.parametrize("model", ["tied", "untied", "averaged", "experts"])
 def test_any_checkpoint_of_a_whole_model(
     train_parts: MakeTrainer, workspace: Workspace, tmp_path: Path, model: str
 ) -> None:
     shape = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": model == "tied"}
+    if model == "experts":  # which are one tensor here and many in the files
+        shape |= {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 16, "head_dim": 16}
+        shape |= {"num_experts_per_tok": 2, "num_key_value_heads": 2}
     keep = Keep()
     sections = {**SECTIONS, "model": {"size": None, "context_length": None, "config": shape}}
     if model == "averaged":

@@ -22,7 +22,8 @@ from transformers import AutoConfig, GenerationConfig
 from hearth.config import Recipe
 from hearth.errors import ConfigError, IntegrityError, NotFoundError
 from hearth.models import load_model, load_tokenizer, resolve_reference, save_model
-from hearth.models.loading import files_have_other_names, quiet_transformers
+from hearth.models.loading import quiet_transformers
+from hearth.models.pieces import are_written_one_by_one
 from hearth.models.saving import replace_directory, saved_tensors
 from hearth.training.checkpoint.store import CheckpointStore
 from hearth.training.identity import base_hash, shapes_hash, tokenizer_hash
@@ -119,8 +120,8 @@ def export_checkpoint(
 def _plain(checkpoint: Checkpoint, skeleton: Path) -> tuple[Any, Mapping[str, Tensor] | None]:
     """The model of a checkpoint that holds all weights, and the weights, where they are still to be read.
 
-    No memory is spent on initial ones, nor on more than is written at a time; but files of some families have
-    other names than the model, and transformers must see it whole to write them.
+    No memory is spent on initial ones, nor on more than is written at a time; but a few families have files
+    that transformers must see a whole model to write.
     """
     config = AutoConfig.from_pretrained(skeleton, local_files_only=True, trust_remote_code=False)
     model_class = getattr(transformers, config.architectures[0])
@@ -131,7 +132,7 @@ def _plain(checkpoint: Checkpoint, skeleton: Path) -> tuple[Any, Mapping[str, Te
     absent = [name for name, _ in saved_tensors(model) if name not in weights]
     if absent:
         raise IntegrityError(f"checkpoint {checkpoint.path} has no weights for {absent[0]}")
-    if not files_have_other_names(model):
+    if are_written_one_by_one(model):
         return model, weights
     model.load_state_dict(dict(weights), strict=False, assign=True)
     model.tie_weights()
