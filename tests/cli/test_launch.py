@@ -151,6 +151,27 @@ def test_list_status_and_logs_of_a_job(hearth: Hearth, job: Any, workspace_dir: 
     assert hearth("launch", "logs", "tiny-1").out == "── attempt-0, rank-1 ──\nhello\n"
 
 
+def test_a_job_whose_launcher_was_killed_is_not_listed_as_running(
+    hearth: Hearth, job: Any, workspace_dir: Path
+) -> None:
+    program = """
+import json, time
+from hearth.workspace.processes import ProcessIdentity
+print(json.dumps(vars(ProcessIdentity.current())), flush=True)
+time.sleep(100)
+"""
+    launcher = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert launcher.stdout is not None
+    identity = json.loads(launcher.stdout.readline())
+    JobStore(workspace_dir).update(job, state="running", handle={"launcher": identity})
+    assert hearth("launch", "list", "--json").json[0]["state"] == "running"
+    launcher.kill()
+    launcher.communicate()
+    (listed,) = hearth("launch", "list", "--json").json
+    assert (listed["state"], listed["detail"]) == ("failed", f"its launcher, process {launcher.pid}, is gone")
+    assert hearth("launch", "status", "tiny-1", "--json").json["state"] == "failed"
+
+
 def test_jobs_that_are_not_there(hearth: Hearth, workspace_dir: Path) -> None:
     for verb in ("status", "logs", "cancel"):
         done = hearth("launch", verb, "nope")

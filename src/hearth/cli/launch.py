@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -296,11 +297,22 @@ def _status(job: Job) -> JobStatus:
     return found
 
 
+def _as_it_stands(job: Job) -> Job:
+    """The record; of a job whose launcher was killed on this machine it would say for ever that it runs."""
+    from hearth.parallel.launch.local import launcher_status
+    from hearth.parallel.launch.spec import ENDED
+
+    if job.state in ENDED or "launcher" not in job.handle:
+        return job
+    found = launcher_status(job.handle)
+    return job if found.state == "unknown" else replace(job, state=found.state, detail=found.detail)
+
+
 @launch.command(name="list")
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
 def list_jobs(as_json: bool) -> None:
-    """List the jobs of this workspace, newest first, as their records say."""
-    jobs = _store().list()
+    """List the jobs of this workspace, newest first, as their records say; no cluster is asked."""
+    jobs = [_as_it_stands(job) for job in _store().list()]
     if as_json:
         print_json([{"job": job.name, **job.to_dict(), "spec": job.spec.to_public_dict()} for job in jobs])
         return

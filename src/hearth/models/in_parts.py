@@ -83,7 +83,7 @@ class SavedWeights:
         for where, names in together.items():
             files: dict[str, Any] = {}
             for path in where:
-                file = safe_open(path, framework="pt")
+                file: Any = safe_open(path, framework="pt")
                 files |= dict.fromkeys(file.keys(), file)
             for name in names:
                 yield name, OnDisk(self.pieces[name], files)
