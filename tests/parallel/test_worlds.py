@@ -211,6 +211,17 @@ def test_a_second_job_on_the_port_ends_and_the_first_goes_on(processes: Processe
 
 
 @pytest.mark.slow
+def test_processes_that_torchrun_starts_again_meet_each_other(processes: Processes) -> None:
+    """Bare torchrun, as users have it: its store outlives processes, with the addresses of the dead."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    for kind in (["--standalone"], [f"--master-port={free_port()}"]):
+        processes.start([*torchrun, *kind, str(PROGRAMS / "again.py")], {"OMP_NUM_THREADS": "1"})
+        assert processes.codes(120) == [0] * len(processes.started)
+        text = processes.texts()[-1]
+        assert [text.count(f"start 1: rank {rank} met 2") for rank in range(2)] == [1, 1]
+
+
+@pytest.mark.slow
 def test_processes_that_were_started_with_different_things_say_which(processes: Processes) -> None:
     processes.group([sys.executable, str(PROGRAMS / "differ.py")], 2)
     assert processes.codes(120) == [0, 0]

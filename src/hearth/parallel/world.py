@@ -319,7 +319,10 @@ def _meet(limit: datetime.timedelta) -> Any:
 
     store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
     store.set_timeout(limit)
-    return dist.PrefixStore("default_pg", store)  # type: ignore[attr-defined]
+    # torchrun starts processes again with the store of those that died, whose addresses are in it.
+    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if shares_store else "0"
+    return dist.PrefixStore(f"hearth/start-{start}", store)  # type: ignore[attr-defined]
 
 
 def _take_place(store: Any, rank: int, size: int, where: str) -> None:
@@ -327,10 +330,10 @@ def _take_place(store: Any, rank: int, size: int, where: str) -> None:
 
     torch would let this one in: it would take the other job's addresses, and wait for its answers for ever.
     """
-    there = store.compare_set("hearth/size", "", str(size)).decode()
+    there = store.compare_set("size", "", str(size)).decode()
     if there != str(size):
         raise TrainingError(f"another job, of {there} processes, meets at {where}, not {size}", fix=_PORT)
-    if store.add(f"hearth/rank-{rank}", 1) > 1:
+    if store.add(f"rank-{rank}", 1) > 1:
         raise TrainingError(f"another process that meets at {where} is rank {rank} already", fix=_PORT)
 
 
