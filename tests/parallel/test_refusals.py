@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from pathlib import Path
@@ -153,6 +154,27 @@ def test_recipe(name: str) -> None:
 def test_recipe_that_can_be(num: int, parallel: dict[str, Any], train: dict[str, Any]) -> None:
     recipe = recipe_of(parallel, **train)
     check_recipe(recipe, world_of(recipe, num))
+
+
+@pytest.mark.parametrize(
+    ("num", "batch_size", "micro_batch_size", "settings"),
+    [
+        (2, 8, 8, [{"micro_batch_size": 4}, {"batch_size": 16}]),
+        (4, 24, 4, [{"micro_batch_size": 2}, {"batch_size": 32}]),
+        (3, 8, 2, [{"batch_size": 12}]),  # three processes cannot have equal parts of 8 rows
+    ],
+)
+def test_the_settings_that_a_refusal_of_shares_names_are_taken(
+    num: int, batch_size: int, micro_batch_size: int, settings: list[dict[str, int]]
+) -> None:
+    sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
+    recipe = recipe_of({"data": num}, **sizes)
+    with pytest.raises(ConfigError) as caught:
+        check_recipe(recipe, world_of(recipe, num))
+    named = [f"train.{name}={value}" for setting in settings for name, value in setting.items()]
+    assert caught.value.fix == f"use {', or '.join(named)}"
+    for setting in settings:
+        check_recipe(recipe_of({"data": num}, **sizes | setting), world_of(recipe, num))
 
 
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
@@ -389,15 +411,17 @@ REAL: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.slow
 def test_every_rank_refuses(launch: Any, tmp_path: Path) -> None:
     cases = {}
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        first = int(listener.getsockname()[1]) % 50_000 + 10_000
-    for number, (name, (parallel, changes, _)) in enumerate(REAL.items()):
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in REAL]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        ports = [str(listener.getsockname()[1]) for listener in listeners]
+    for port, (name, (parallel, changes, _)) in zip(ports, REAL.items(), strict=True):
         recipe = recipe_of(parallel, **({"batch_size": 6} if name == "shares" else {}))
         cases[name] = {
             "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_unset=True),
             "model": {**QWEN3, "num_hidden_layers": 2, **changes},
-            "port": str(first + number),
+            "port": port,
         }
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps(cases))

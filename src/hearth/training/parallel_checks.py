@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from hearth.config.recipe import Recipe
@@ -37,10 +38,13 @@ def _check_shares(recipe: Recipe, layout: Layout) -> None:
     train, shares = recipe.train, layout.batch_ranks
     size = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
     if train.batch_size % (shares * size):
+        fix = f"train.batch_size={-(-train.batch_size // (shares * size)) * shares * size}"
+        if train.batch_size % shares == 0:
+            fix = f"train.micro_batch_size={math.gcd(size, train.batch_size // shares)}, or {fix}"
         raise ConfigError(
             f"train.batch_size {train.batch_size} cannot be shared by {shares} processes in micro-batches "
             f"of {size}",
-            fix=f"use a batch_size that is a multiple of {shares * size}, or another micro_batch_size",
+            fix=f"use {fix}",
         )
     check_micro_batches(recipe.parallel, train.batch_size // (shares * size))
 
