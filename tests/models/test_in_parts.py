@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,25 @@ def test_bad_input_is_refused_as_of_a_whole(tmp_path: Path) -> None:
         build_in_parts(ModelSection(base=str(base)), vocab_size=64)
 
 
+def test_tied_weights_that_files_have_twice_are_left_to_transformers(tmp_path: Path) -> None:
+    """Where they differ, it does not tie them."""
+    base = saved(tmp_path, {**QWEN3, "tie_word_embeddings": True})
+    assert build_in_parts(ModelSection(base=str(base)), vocab_size=64) is not None
+    (index,) = base.glob("*.index.json")
+    where = json.loads(index.read_text())
+    save_file({"lm_head.weight": torch.ones(64, 32)}, base / "more.safetensors", {"format": "pt"})
+    where["weight_map"]["lm_head.weight"] = "more.safetensors"
+    index.write_text(json.dumps(where))
+    assert build_in_parts(ModelSection(base=str(base)), vocab_size=64) is None
+
+
 @pytest.mark.parametrize("max_bytes", [10_000_000, 20_000])
 def test_weights_are_written_as_transformers_does(tmp_path: Path, max_bytes: int) -> None:
     model = build_model(ModelSection(config=QWEN3), vocab_size=64, seed=1)
     model.config.architectures = [type(model).__name__]
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     model.config.save_pretrained(tmp_path)
-    write_weights(weights, {name: w.nbytes for name, w in weights.items()}, tmp_path, max_bytes=max_bytes)
+    write_weights(weights, weights, tmp_path, max_bytes=max_bytes)
     files = list(tmp_path.glob("*.safetensors"))
     assert (len(files) > 1) == (max_bytes == 20_000)
     for file in files if len(files) > 1 else ():

@@ -126,7 +126,7 @@ def build_in_parts(
         return None
     if section.base is None:
         return InParts(model, NewWeights(whole, seed), twin)
-    source = _saved(whole, files)
+    source = _saved(config, whole, files)
     if source is None:
         return None
     require_embeddings(model, vocab_size, section.base)
@@ -167,15 +167,20 @@ def _require_drawable(model: PreTrainedModel) -> None:
             pass
 
 
-def _saved(model: PreTrainedModel, files: list[Path]) -> SavedWeights | None:
+def _saved(config: Any, model: PreTrainedModel, files: list[Path]) -> SavedWeights | None:
     """Where the weights are, if the files have all of them in their shapes, in ways that are known."""
+    if getattr(config, "quantization_config", None) is not None:
+        return None
     headers = {path: read_safetensors_header(path) for path in files}
-    shapes = {name: entry["shape"] for header in headers.values() for name, entry in header.items()}
     try:
-        pieces = pieces_of(model, shapes)
+        pieces = pieces_of(
+            model, {name: each for header in headers.values() for name, each in header.items()}
+        )
     except UnsupportedModelError:
         return None
     for name, tensor in saved_tensors(model):
         if name not in pieces or pieces[name].shape != tuple(tensor.shape):
             return None
+    if pieces.keys() - dict(saved_tensors(model)).keys():
+        return None  # tied ones that the files have twice, which may differ
     return SavedWeights(model, pieces, {name: path for path, header in headers.items() for name in header})

@@ -34,6 +34,19 @@ Box = tuple[slice, ...]
 Read = Callable[[str, Box], Tensor]  # a part of a tensor of the files
 # From the matrices of experts to one tensor for all, with the two projections of a gated unit as one.
 _RULES = ([MergeModulelist], [Concatenate], [MergeModulelist, Concatenate])
+# Of safetensors. Others, float8 say, are of quantised weights, which need their scales.
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -42,14 +55,15 @@ class Piece:
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
 
     def names(self) -> Iterator[str]:
         """The tensors of the files that it is made of."""
         yield self.name
 
-    def read(self, box: Box, read: Read) -> Tensor:
-        """A part of it; ``box`` has a slice of step 1 with both ends for each dimension."""
-        return read(self.name, box)
+    def read(self, box: Box, read: Read, out: Tensor) -> None:
+        """Put a part of it into ``out``; ``box`` has a slice of step 1 with both ends for each dimension."""
+        out.copy_(read(self.name, box))
 
 
 @dataclass(frozen=True)
@@ -70,26 +84,31 @@ class Joined:
             shape[self.dim] = sum(piece.shape[self.dim] for piece in self.pieces)
         return tuple(shape)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of every piece."""
+        return self.pieces[0].dtype
+
     def names(self) -> Iterator[str]:
         """The tensors of the files that it is made of."""
         for piece in self.pieces:
             yield from piece.names()
 
-    def read(self, box: Box, read: Read) -> Tensor:
-        """A part of it, as of a `Piece`; pieces outside are not read."""
+    def read(self, box: Box, read: Read, out: Tensor) -> None:
+        """Put a part of it into ``out``, as of a `Piece`; pieces outside are not read."""
         before, wanted, after = box[: self.dim], box[self.dim], box[self.dim + 1 :]
         if self.new:
-            chosen = self.pieces[wanted] or self.pieces[:1]
-            stacked = torch.stack([piece.read((*before, *after), read) for piece in chosen], self.dim)
-            return stacked.narrow(self.dim, 0, wanted.stop - wanted.start)
-        found, first = [], 0
+            for at, piece in enumerate(self.pieces[wanted]):
+                piece.read((*before, *after), read, out.select(self.dim, at))
+            return
+        first = 0
         for piece in self.pieces:
             size = piece.shape[self.dim]
-            own = slice(max(wanted.start - first, 0), min(wanted.stop - first, size))
-            if own.start < own.stop:
-                found.append(piece.read((*before, own, *after), read))
+            start, stop = max(wanted.start - first, 0), min(wanted.stop - first, size)
+            if start < stop:
+                there = out.narrow(self.dim, first + start - wanted.start, stop - start)
+                piece.read((*before, slice(start, stop), *after), read, there)
             first += size
-        return torch.cat(found or [self.pieces[0].read((*before, slice(0, 0), *after), read)], self.dim)
 
 
 @dataclass(frozen=True)
@@ -103,18 +122,26 @@ class OnDisk:
         slices = () if isinstance(box, EllipsisType) else (box,) if isinstance(box, slice) else tuple(box)
         slices += (slice(None),) * (len(self.piece.shape) - len(slices))
         ends = (one.indices(size)[:2] for one, size in zip(slices, self.piece.shape, strict=True))
-        return self.piece.read(tuple(slice(start, max(start, stop)) for start, stop in ends), self._read)
+        whole = tuple(slice(start, max(start, stop)) for start, stop in ends)
+        if isinstance(self.piece, Piece):
+            return self._read(self.piece.name, whole)
+        out = torch.empty([one.stop - one.start for one in whole], dtype=self.piece.dtype)
+        self.piece.read(whole, self._read, out)
+        return out
 
     def _read(self, name: str, box: Box) -> Tensor:
         found: Tensor = self.files[name].get_slice(name)[box or ...]
         return found
 
 
-def pieces_of(model: PreTrainedModel, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, Piece | Joined]:
-    """What each weight of a model is made of, by its name there; ``shapes``: of the tensors of the files.
+def pieces_of(
+    model: PreTrainedModel, headers: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Piece | Joined]:
+    """What each weight of a model is made of, by its name there.
 
-    As when transformers loads them, what the model has no place for is left out. Raises UnsupportedModelError
-    where a rule of the family is not one of those known here, or tensors do not fit together.
+    ``headers``: what safetensors say of each tensor. As when transformers loads them, what the model has no
+    place for is left out. Raises UnsupportedModelError where a rule of the family is not one of those known
+    here, a tensor is of another kind than the weight, or tensors do not fit together.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -122,13 +149,16 @@ def pieces_of(model: PreTrainedModel, shapes: Mapping[str, Sequence[int]]) -> Ma
     of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     there, prefix = model.state_dict(), model.base_model_prefix
     found: dict[str, dict[str | None, list[Piece | Joined]]] = {}
-    for name in sorted(shapes, key=dot_natural_key):  # experts by their numbers
+    for name in sorted(headers, key=dot_natural_key):  # experts by their numbers
         target, pattern = rename_source_key(name, renamings, converters, prefix, there)
         if target not in there and name in there:
             target, pattern = rename_source_key(name, [], [], prefix, there)
         if target in there:
-            lists = found.setdefault(target, {})
-            lists.setdefault(pattern, []).append(Piece(name, tuple(shapes[name])))
+            dtype = _TYPES.get(headers[name]["dtype"])
+            if dtype is None or dtype.is_floating_point != there[target].is_floating_point():
+                raise UnsupportedModelError(f"{name} is of type {headers[name]['dtype']}")
+            piece = Piece(name, tuple(headers[name]["shape"]), dtype)
+            found.setdefault(target, {}).setdefault(pattern, []).append(piece)
     return {target: _put_together(target, lists, of_pattern) for target, lists in found.items()}
 
 
@@ -157,7 +187,8 @@ def _joined(name: str, pieces: Sequence[Piece | Joined], dim: int, *, new: bool)
     num_dims = len(pieces[0].shape) + new
     dim %= num_dims
     rests = {piece.shape if new else (*piece.shape[:dim], *piece.shape[dim + 1 :]) for piece in pieces}
-    if len(rests) > 1 or len({len(piece.shape) for piece in pieces}) > 1:
+    kinds = {(len(piece.shape), piece.dtype) for piece in pieces}
+    if len(rests) > 1 or len(kinds) > 1:
         raise UnsupportedModelError(f"the pieces of {name} do not fit together")
     return Joined(tuple(pieces), dim, new)
 

@@ -81,9 +81,9 @@ def save_model(
 
     The directory appears by one rename and opens in ``AutoModelForCausalLM`` and ``AutoTokenizer``. Without
     ``generation_config`` the defaults follow from the tokenizer. ``weights``: of a model that has no memory
-    for them, and of which `are_written_one_by_one`; as many are in memory at a time as fit in one file.
-    Raises ``StorageError`` when the disk is full or read-only; what was at ``out_dir`` before is then still
-    there.
+    for them, and of which `are_written_one_by_one`; no more are in memory at a time than fit in one file, and
+    one. Raises ``StorageError`` when the disk is full or read-only; what was at ``out_dir`` before is then
+    still there.
     """
     target = Path(out_dir)
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
@@ -120,7 +120,7 @@ def _write(
         model.config.save_pretrained(directory)
         write_weights(
             weights,
-            {name: tensor.nbytes for name, tensor in saved_tensors(model)},
+            dict(saved_tensors(model)),
             directory,
             in_files=lambda name, weight: as_in_files(model, name, weight),
         )
@@ -145,7 +145,7 @@ def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def write_weights(
     weights: Mapping[str, Tensor],
-    sizes: Mapping[str, int],
+    like: Mapping[str, Tensor],
     directory: Path,
     *,
     in_files: Callable[[str, Tensor], Mapping[str, Tensor]] = lambda name, weight: {name: weight},
@@ -153,32 +153,46 @@ def write_weights(
 ) -> None:
     """Write weights as safetensors files of at most ``max_bytes``, with an index where they are several.
 
-    ``sizes``: the bytes of each weight to write; ``in_files``: what is written of one, by name. One file's
-    weights are read at a time; a weight is never divided between files.
+    ``like``: tensors, of the meta device as well, with the names, shapes and types of those to write;
+    ``in_files``: what is written of one, by name. In memory are one file and one weight at a time; a single
+    tensor that is larger than ``max_bytes`` is a file by itself.
     """
-    files: list[list[str]] = [[]]
-    room = max_bytes
-    for name, size in sizes.items():
-        if size > room and files[-1]:
-            files.append([])
-            room = max_bytes
-        files[-1].append(name)
-        room -= size
-    several = len(files) > 1
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(files, 1):
-        file = f"model-{number:05}-of-{len(files):05}.safetensors" if several else "model.safetensors"
-        tensors = {
-            written: tensor.contiguous()
-            for name in names
-            for written, tensor in in_files(name, weights[name]).items()
-        }
-        save_file(tensors, directory / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    if several:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    sizes = {
+        written: tensor.nbytes
+        for name, each in like.items()
+        for written, tensor in in_files(name, each).items()
+    }
+    file_of = _files_of(sizes, max_bytes)
+    pending: dict[str, Tensor] = {}
+    for name in like:
+        for written, tensor in in_files(name, weights[name]).items():
+            if pending and file_of[written] != file_of[next(iter(pending))]:
+                _write_file(pending, directory, file_of)
+                pending = {}
+            pending[written] = tensor.contiguous()
+    _write_file(pending, directory, file_of)
+    if len(set(file_of.values())) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
         path = directory / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _files_of(sizes: Mapping[str, int], max_bytes: int) -> dict[str, str]:
+    """The file of each tensor; they fill one after the other."""
+    number, room = 1, max_bytes
+    numbers: dict[str, int] = {}
+    for name, size in sizes.items():
+        if size > room and numbers:
+            number, room = number + 1, max_bytes
+        numbers[name] = number
+        room -= size
+    if number == 1:
+        return dict.fromkeys(numbers, "model.safetensors")
+    return {name: f"model-{each:05}-of-{number:05}.safetensors" for name, each in numbers.items()}
+
+
+def _write_file(tensors: Mapping[str, Tensor], directory: Path, file_of: Mapping[str, str]) -> None:
+    save_file(dict(tensors), directory / file_of[next(iter(tensors))], {"format": "pt"})
 
 
 def _edit_json(path: Path, class_names: dict[str, str]) -> None:
