@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
+from hearth.errors import ConfigError
+from hearth.parallel import meeting
 from hearth.workspace import Workspace
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -218,7 +220,22 @@ def test_processes_that_torchrun_starts_again_meet_each_other(processes: Process
         processes.start([*torchrun, *kind, str(PROGRAMS / "again.py")], {"OMP_NUM_THREADS": "1"})
         assert processes.codes(120) == [0] * len(processes.started)
         text = processes.texts()[-1]
-        assert [text.count(f"start 1: rank {rank} met 2") for rank in range(2)] == [1, 1]
+        for rank in range(2):
+            for turn in ("first", "second"):
+                assert text.count(f"start 1: rank {rank} met 2, {turn} time") == 1
+
+
+def test_restarts_by_torchrun_that_would_be_in_vain_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = place(1, 4, "29500") | {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert meeting.place() == (1, 4)  # every start has a store of its own
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ConfigError, match="restart processes on 2 nodes with one store") as caught:
+        meeting.place()
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in str(caught.value.fix)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert meeting.place() == (1, 4)
 
 
 @pytest.mark.slow

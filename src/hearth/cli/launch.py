@@ -286,33 +286,38 @@ def _store() -> JobStore:
 
 def _status(job: Job) -> JobStatus:
     from hearth.parallel.launch.backend import JobStatus, get_backend
-    from hearth.parallel.launch.spec import ENDED
 
-    if job.state in ENDED - {"cancelled"}:
+    if _wrote_its_end(job):
         return JobStatus(job.state, job.detail)
     found = get_backend(job.backend).status(job)
+    job = _store().get(job.name)  # which may have ended meanwhile
+    if _wrote_its_end(job):
+        return JobStatus(job.state, job.detail)
     # A job that was asked to end may take its time to save, or not hear.
     if job.state == "cancelled" and found.state not in ("pending", "running"):
         return JobStatus("cancelled", found.detail)
     return found
 
 
-def _as_it_stands(job: Job) -> Job:
-    """The record; of a job whose launcher was killed on this machine it would say for ever that it runs."""
-    from hearth.parallel.launch.local import launcher_status
+def _wrote_its_end(job: Job) -> bool:
     from hearth.parallel.launch.spec import ENDED
 
-    if job.state in ENDED or "launcher" not in job.handle:
+    return job.state in ENDED - {"cancelled"}
+
+
+def _as_listed(job: Job) -> Job:
+    """The record; of a job whose launcher was killed on this machine it would say for ever that it runs."""
+    if "launcher" not in job.handle:
         return job
-    found = launcher_status(job.handle)
+    found = _status(job)
     return job if found.state == "unknown" else replace(job, state=found.state, detail=found.detail)
 
 
 @launch.command(name="list")
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
 def list_jobs(as_json: bool) -> None:
-    """List the jobs of this workspace, newest first, as their records say; no cluster is asked."""
-    jobs = [_as_it_stands(job) for job in _store().list()]
+    """List the jobs of this workspace, newest first; no cluster is asked how its jobs stand."""
+    jobs = [_as_listed(job) for job in _store().list()]
     if as_json:
         print_json([{"job": job.name, **job.to_dict(), "spec": job.spec.to_public_dict()} for job in jobs])
         return

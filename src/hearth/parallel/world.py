@@ -1,7 +1,6 @@
 """The processes of a job: who they are, and what they tell each other.
 
-A process finds its place in the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-MASTER_PORT). Without them it is alone, and nothing of torch.distributed is touched.
+A process without torchrun's variables is alone, and nothing of torch.distributed is touched.
 """
 
 from __future__ import annotations
@@ -9,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hearth.config.parallel import ParallelSection
-from hearth.errors import ConfigError, LostProcessError, TrainingError
+from hearth.errors import ConfigError, LostProcessError
 from hearth.parallel.layout import DIMENSIONS, Layout
+from hearth.parallel.meeting import REACH, connect, first_line, is_launched, own_device, place
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -29,13 +27,8 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 # A process that is gone is noticed at once; one that works, however long, is waited for.
 _LONG = datetime.timedelta(days=2)
-_GRACE_SECONDS = 5.0  # in which torch reports by itself that time is over
-_START = "start the processes with `hearth launch` or torchrun"
-_REACH = "see that every process runs and reaches that address; parallel.timeout says how long to wait"
-_PORT = "give every job of a node a MASTER_PORT of its own, and end what is left of an earlier start"
 # Of gloo and NCCL, which raise plain RuntimeErrors, also in a backward pass.
 _SIGNS_OF_LOSS = ("gloo", "nccl", "connection closed", "connection reset", "timeout caused pair closure")
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -197,7 +190,7 @@ class World:
             if not _is_loss(error):
                 raise
             raise LostProcessError(
-                f"rank {self.rank} of {self.size} lost a process in {during()}: {_first_line(error)}",
+                f"rank {self.rank} of {self.size} lost a process in {during()}: {first_line(error)}",
                 fix=fix or "look at what the process that ended first says; those that waited end like this",
             ) from error
 
@@ -209,36 +202,25 @@ def _is_loss(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS_OF_LOSS)
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    # Without the line of its source, and guesses.
-    return text.split("] ", 1)[-1].split(". This is typically", 1)[0]
-
-
-def is_launched() -> bool:
-    """Whether this process was started as one of several."""
-    return _number("WORLD_SIZE", 1) > 1
-
-
 @contextlib.contextmanager
 def joined(section: ParallelSection, device: torch.device) -> Iterator[World]:
     """Join the processes that were started together, and leave them at the end.
 
-    Raises ConfigError when the layout does not fit their number or torchrun's variables are incomplete, and
-    TrainingError when the others do not come within ``section.timeout`` seconds. One that is lost on the way
-    is a LostProcessError; then the groups are left as they are, and all that this process can do is end.
+    Raises ConfigError when the layout does not fit their number, and what `place` and `connect` raise. One
+    that is lost on the way is a LostProcessError; then the groups are left as they are, and all that this
+    process can do is end.
     """
     if not is_launched():
         layout = Layout.of(section, 1)
         yield World(layout, device)
         return
-    rank, size = _place()
+    rank, size = place()
     layout = Layout.of(section, size)
-    device = _own_device(device)
-    _connect(section, device, rank, size)
+    device = own_device(device)
+    connect(section, device, rank, size)
     world = World(layout, device, rank, timeout=section.timeout)
     try:
-        with world.missed(lambda: "making groups of processes", fix=_REACH):
+        with world.missed(lambda: "making groups of processes", fix=REACH):
             patient, savers = (dist.new_group(backend="gloo", timeout=_LONG) for _ in range(2))
             meshes = _mesh(device, layout), _expert_mesh(device, layout)
             _limit_patience([mesh for mesh in meshes if mesh is not None], section.timeout)
@@ -255,108 +237,12 @@ def joined(section: ParallelSection, device: torch.device) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def _place() -> tuple[int, int]:
-    """(rank, number of processes) by torchrun's variables."""
-    missing = [name for name in _VARIABLES if name not in os.environ]
-    if missing:
-        raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set", fix=_START
-        )
-    rank, size, _ = _number("RANK"), _number("WORLD_SIZE"), _number("MASTER_PORT", largest=65535)
-    if rank >= size:
-        raise ConfigError(f"RANK {rank} is not below WORLD_SIZE {size}: ranks count from 0", fix=_START)
-    return rank, size
-
-
-def _number(name: str, default: int | None = None, *, largest: int | None = None) -> int:
-    text = os.environ.get(name, "" if default is None else str(default))
-    if not text.isdecimal() or (largest is not None and int(text) > largest):
-        raise ConfigError(f"the environment variable {name} is {text!r}, no number of its kind", fix=_START)
-    return int(text)
-
-
-def _own_device(device: torch.device) -> torch.device:
-    """The GPU of this process, by its number on this node."""
-    if device.type != "cuda":
-        return device
-    local, there = _number("LOCAL_RANK"), torch.cuda.device_count()
-    if local >= there:
-        raise ConfigError(
-            f"LOCAL_RANK is {local}, but there are {there} GPUs: every process of a node takes its own",
-            fix=f"start at most {there} processes on this node",
-        )
-    own = torch.device("cuda", local)
-    torch.cuda.set_device(own)
-    return own
-
-
 def _limit_patience(meshes: Sequence[DeviceMesh], seconds: float) -> None:
     """Let the groups of meshes wait for as long as the recipe says; torch makes them with its own limit."""
     limit = datetime.timedelta(seconds=seconds)
     for mesh in meshes:
         for group in mesh.get_all_groups():
             dist.distributed_c10d._set_pg_timeout(limit, group)
-
-
-def _connect(section: ParallelSection, device: torch.device, rank: int, size: int) -> None:
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    limit = datetime.timedelta(seconds=section.timeout)
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    unmet = f"rank {rank} of {size} did not meet the others at {where} within {section.timeout:g} s"
-    try:
-        store = _within(section.timeout + _GRACE_SECONDS, lambda: _meet(limit))
-        if store is None:
-            raise LostProcessError(f"{unmet}: something else listens there, and does not answer", fix=_REACH)
-        _take_place(store, rank, size, where)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    except (RuntimeError, ValueError) as error:
-        raise TrainingError(f"{unmet}: {_first_line(error)}", fix=_REACH) from error
-
-
-def _meet(limit: datetime.timedelta) -> Any:
-    """The store of all processes, found by torchrun's variables."""
-    from torch.distributed.rendezvous import rendezvous
-
-    store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
-    store.set_timeout(limit)
-    # torchrun starts processes again with the store of those that died, whose addresses are in it.
-    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if shares_store else "0"
-    return dist.PrefixStore(f"hearth/start-{start}", store)  # type: ignore[attr-defined]
-
-
-def _take_place(store: Any, rank: int, size: int, where: str) -> None:
-    """Raise TrainingError where the processes that meet there are those of another job.
-
-    torch would let this one in: it would take the other job's addresses, and wait for its answers for ever.
-    """
-    there = store.compare_set("size", "", str(size)).decode()
-    if there != str(size):
-        raise TrainingError(f"another job, of {there} processes, meets at {where}, not {size}", fix=_PORT)
-    if store.add(f"rank-{rank}", 1) > 1:
-        raise TrainingError(f"another process that meets at {where} is rank {rank} already", fix=_PORT)
-
-
-def _within(seconds: float, function: Callable[[], Item]) -> Item | None:
-    """What ``function`` returns; None where it has not after so many seconds, and may never.
-
-    torch greets whatever listens at the address, and waits for its answer without any limit.
-    """
-    found: list[Item] = []
-    raised: list[Exception] = []
-
-    def run() -> None:
-        try:
-            found.append(function())
-        except Exception as error:  # noqa: BLE001 - raised again, where it is waited for
-            raised.append(error)
-
-    thread = threading.Thread(target=run, name="hearth-meeting", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if raised:
-        raise raised[0]
-    return found[0] if found else None
 
 
 def _mesh(device: torch.device, layout: Layout) -> DeviceMesh:

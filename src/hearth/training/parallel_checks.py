@@ -9,7 +9,8 @@ from hearth.config.recipe import Recipe
 from hearth.errors import ConfigError
 from hearth.parallel.checks import check_micro_batches, check_model, check_settings, check_training
 from hearth.parallel.layout import Layout
-from hearth.parallel.world import World, is_launched
+from hearth.parallel.meeting import is_launched
+from hearth.parallel.world import World
 
 
 def check_recipe(recipe: Recipe, world: World) -> None:
