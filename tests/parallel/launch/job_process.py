@@ -3,8 +3,6 @@
 It misbehaves on order: WHAT:RANK:STEP happens once, always-WHAT:RANK:STEP at every start.
 """
 
-# ruff: noqa: T201 - what it prints is its log
-
 from __future__ import annotations
 
 import os
@@ -32,6 +30,11 @@ agreed = job_dir / f"stop-{os.environ['MASTER_PORT']}"  # the step after which a
 signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
 
 
+def say(text: str) -> None:
+    """A whole line at once: processes under torchrun write into one pipe."""
+    os.write(1, f"{text}\n".encode())
+
+
 def reached(step: int) -> Path:
     return job_dir / f"start-{os.environ['MASTER_PORT']}-step-{step}"
 
@@ -57,7 +60,7 @@ def misbehave(what: str) -> None:
     if what == "refuse":
         os._exit(2)
     if what == "port":
-        print("RuntimeError: EADDRINUSE, address already in use", flush=True)
+        say("RuntimeError: EADDRINUSE, address already in use")
         os._exit(1)
     if what == "hang":
         while True:
@@ -75,7 +78,7 @@ def obey(moment: str) -> None:
             misbehave(what.removeprefix("always-"))
 
 
-print(f"rank {rank} of {size} begins at step {first}", flush=True)
+say(f"rank {rank} of {size} begins at step {first}")
 obey("start")
 heart = Heartbeat(run_dir, run_id="r1", rank=rank, interval=0.0)
 heart.beat(first, "starting")
@@ -94,8 +97,8 @@ for step in range(first, last):
     if stopping and not agreed.exists():
         write_atomically(agreed, str(step + 3))  # the others are at most a step ahead
     if agreed.exists() and step + 1 >= int(agreed.read_text()):
-        print(f"rank {rank} saved at step {step + 1}", flush=True)
+        say(f"rank {rank} saved at step {step + 1}")
         (run_dir / "latest").write_text(str(step + 1))
         sys.exit(130)
 heart.beat(last, "finishing")
-print(f"rank {rank} is done", flush=True)
+say(f"rank {rank} is done")
