@@ -225,6 +225,14 @@ def test_processes_that_torchrun_starts_again_meet_each_other(processes: Process
                 assert text.count(f"start 1: rank {rank} met 2, {turn} time") == 1
 
 
+@pytest.mark.slow
+def test_processes_that_are_done_end_well_however_soon(processes: Processes) -> None:
+    """Without the wait in `leave`, a third of such starts, or more, end by abort."""
+    for _ in range(8):
+        processes.group([sys.executable, str(PROGRAMS / "leave.py")], 2, OMP_NUM_THREADS="1")
+        assert processes.codes(60) == [0] * len(processes.started), "\n".join(processes.texts())
+
+
 def test_restarts_by_torchrun_that_would_be_in_vain_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     variables = place(1, 4, "29500") | {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
     for name, value in variables.items():

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from hearth.parallel.meeting import leave
 from hearth.training.clipping import clip_by_norm, scale, total_norm
 
 NORM = 3.5
@@ -66,7 +67,7 @@ def in_one_of_two_processes(rank: int, folder: str) -> None:
         clipped = [g.full_tensor() if isinstance(g, DTensor) else g for g in [*gradients, partial]]
         torch.save({"norm": norm, "clipped": clipped}, f"{folder}/rank{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        leave()
 
 
 @pytest.mark.slow

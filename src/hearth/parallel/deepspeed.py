@@ -31,6 +31,7 @@ from hearth.errors import ConfigError, IntegrityError, ModelError
 from hearth.models.in_parts import Source
 from hearth.parallel.deepspeed_config import Sizes, deepspeed_config
 from hearth.parallel.filling import meta_tensors
+from hearth.parallel.meeting import leave
 from hearth.parallel.sharding import LossModule, decoder_layers
 from hearth.parallel.world import World
 
@@ -334,7 +335,7 @@ def _library(world: World) -> Any:
 
 def _leave() -> None:
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave()
 
 
 def _make_folder(library: Any, world: World, section: ParallelSection) -> Path:

@@ -1,4 +1,4 @@
-"""How the processes of a job meet.
+"""How the processes of a job meet, and part.
 
 A process finds its place in the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
 MASTER_PORT), and the others at the address that they name.
@@ -10,7 +10,9 @@ import datetime
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +27,9 @@ _START = "start the processes with `hearth launch` or torchrun"
 _PORT = "give every job of a node a MASTER_PORT of its own, and end what is left of an earlier start"
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _GRACE_SECONDS = 5.0  # in which torch reports by itself that time is over
+_WORKERS = "(pt_gloo_runloop)"  # what gloo's threads are called, as /proc writes it
+_LOOK_SECONDS = 0.01
+_NUM_LOOKS = 500
 _meetings = itertools.count()  # of this process, which is in as many as the others
 
 
@@ -127,6 +132,36 @@ def _take_place(store: Any, rank: int, size: int, where: str) -> None:
         raise TrainingError(f"another job, of {there} processes, meets at {where}, not {size}", fix=_PORT)
     if store.add(f"rank-{rank}", 1) > 1:
         raise TrainingError(f"another process that meets at {where} is rank {rank} already", fix=_PORT)
+
+
+def leave() -> None:
+    """Leave all groups, once nothing is under way in them.
+
+    gloo's threads drop the tensors of what they did last after the others have gone on with them. One that
+    wants the interpreter for it when the interpreter is ending aborts the process (pytorch issue 190489),
+    and a job that is done looks failed. The groups' destructors would wait for their threads, but whatever
+    keeps a group, such as torch's own tables of meshes, keeps them from running.
+    """
+    dist.destroy_process_group()
+    num_resting = 0
+    for _ in range(_NUM_LOOKS):
+        time.sleep(_LOOK_SECONDS)  # who waits for the interpreter gets it now
+        # Twice: at the first look, one may have just begun to wait for it.
+        num_resting = num_resting + 1 if _workers_rest() else 0
+        if num_resting == 2:
+            break
+
+
+def _workers_rest() -> bool:
+    """Whether all of gloo's threads wait for something. True where the system does not tell."""
+    for file in Path("/proc/self/task").glob("*/stat"):
+        try:
+            _, name, state = file.read_text().split(maxsplit=3)[:3]
+        except OSError:
+            continue  # it has ended
+        if name == _WORKERS and state != "S":
+            return False
+    return True
 
 
 def _within(seconds: float, function: Callable[[], Item]) -> Item | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from hearth.config.parallel import ParallelSection
 from hearth.errors import ConfigError, LostProcessError
 from hearth.parallel.layout import DIMENSIONS, Layout
-from hearth.parallel.meeting import REACH, connect, first_line, is_launched, own_device, place
+from hearth.parallel.meeting import REACH, connect, first_line, is_launched, leave, own_device, place
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -232,9 +232,9 @@ def joined(section: ParallelSection, device: torch.device) -> Iterator[World]:
     except LostProcessError:
         raise  # the groups still wait for what is lost, and would wait in their destructors
     except BaseException:
-        dist.destroy_process_group()
+        leave()
         raise
-    dist.destroy_process_group()
+    leave()
 
 
 def _limit_patience(meshes: Sequence[DeviceMesh], seconds: float) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hearth.parallel.launch.start import prepare
+from hearth.parallel.meeting import leave
 
 prepare(os.environ)
 dist.init_process_group("gloo")
@@ -23,4 +24,4 @@ dist.all_reduce(total)
 # In one piece: both write to one pipe, and unbuffered printing sends the end of a line by itself.
 sys.stdout.write(f"rank {dist.get_rank()} counts {total.item():g}\n")
 sys.stdout.flush()
-dist.destroy_process_group()
+leave()

@@ -11,6 +11,7 @@ import torch.multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from hearth.parallel.meeting import leave
 from hearth.training.optimizers.muon import MuonWithAdamW, orthogonalize
 
 
@@ -68,7 +69,7 @@ def in_one_of_two_processes(rank: int, folder: str) -> None:
         if rank == 0:
             torch.save(whole, f"{folder}/whole.pt")
     finally:
-        dist.destroy_process_group()
+        leave()
 
 
 def start() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
