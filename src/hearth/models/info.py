@@ -7,18 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hearth.models.loading import load_config, read_safetensors_header, weight_files
-
-_SAFETENSORS_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I8": "int8",
-    "U8": "uint8",
-}
+from hearth.models.loading import SAFETENSORS_DTYPES, load_config, read_safetensors_header, weight_files
 
 
 @dataclass(frozen=True)
@@ -54,13 +43,14 @@ def model_info(path: Path | str) -> ModelInfo:
     for entry in entries:
         sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + math.prod(entry["shape"])
     stored = max(sizes, key=lambda name: sizes[name]) if sizes else ""
+    dtype = SAFETENSORS_DTYPES.get(stored, stored.lower() or getattr(config, "dtype", "unknown"))
     architectures = getattr(config, "architectures", None) or [config.model_type]
     return ModelInfo(
         path=str(directory),
         architecture=str(architectures[0]),
         model_type=config.model_type,
         num_parameters=sum(sizes.values()) or None,
-        dtype=_SAFETENSORS_DTYPES.get(stored, stored.lower() or str(getattr(config, "dtype", "unknown"))),
+        dtype=str(dtype).removeprefix("torch."),
         context_length=getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None),
         vocab_size=getattr(text, "vocab_size", None),
         bytes=sum(file.stat().st_size for file in weight_files(directory)),

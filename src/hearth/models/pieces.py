@@ -29,24 +29,12 @@ from transformers.core_model_loading import (
 )
 
 from hearth.errors import UnsupportedModelError
+from hearth.models.loading import SAFETENSORS_DTYPES
 
 Box = tuple[slice, ...]
 Read = Callable[[str, Box], Tensor]  # a part of a tensor of the files
 # From the matrices of experts to one tensor for all, with the two projections of a gated unit as one.
 _RULES = ([MergeModulelist], [Concatenate], [MergeModulelist, Concatenate])
-# Of safetensors. Others, float8 say, are of quantised weights, which need their scales.
-_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -154,9 +142,7 @@ def pieces_of(
         if target not in there and name in there:
             target, pattern = rename_source_key(name, [], [], prefix, there)
         if target in there:
-            dtype = _TYPES.get(headers[name]["dtype"])
-            if dtype is None or dtype.is_floating_point != there[target].is_floating_point():
-                raise UnsupportedModelError(f"{name} is of type {headers[name]['dtype']}")
+            dtype = _dtype_of(name, headers[name]["dtype"], there[target])
             piece = Piece(name, tuple(headers[name]["shape"]), dtype)
             found.setdefault(target, {}).setdefault(pattern, []).append(piece)
     return {target: _put_together(target, lists, of_pattern) for target, lists in found.items()}
@@ -181,6 +167,15 @@ def _put_together(
     if len(ordered) > 1 or None in lists:
         raise UnsupportedModelError(f"{name} is in the files in more than one way")
     return ordered[0][0]
+
+
+def _dtype_of(name: str, told: str, weight: Tensor) -> torch.dtype:
+    dtype = SAFETENSORS_DTYPES.get(told)
+    if dtype is None or dtype.is_floating_point != weight.is_floating_point():
+        raise UnsupportedModelError(f"{name} is of type {told}, its weight of {weight.dtype}")
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        raise UnsupportedModelError(f"{name} is of type {told}: a quantised weight, which needs its scale")
+    return dtype
 
 
 def _joined(name: str, pieces: Sequence[Piece | Joined], dim: int, *, new: bool) -> Joined:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hearth.errors import IntegrityError
+from hearth.models.loading import SAFETENSORS_DTYPES
 from hearth.training.checkpoint.sharded import group_of
 
 MANIFEST = "manifest.json"
@@ -24,24 +25,7 @@ FORMAT = 2
 # Large enough that writing and hashing run outside Python's lock, small enough to be cancelled soon.
 _CHUNK_BYTES = 4 << 20
 
-# The names of the safetensors format, https://github.com/huggingface/safetensors (README, "Format").
-_DTYPE_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.uint32: "U32",
-    torch.float32: "F32",
-    torch.int64: "I64",
-    torch.uint64: "U64",
-    torch.float64: "F64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class WriteCancelledError(Exception):
