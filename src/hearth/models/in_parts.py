@@ -171,16 +171,17 @@ def _saved(config: Any, model: PreTrainedModel, files: list[Path]) -> SavedWeigh
     """Where the weights are, if the files have all of them in their shapes, in ways that are known."""
     if getattr(config, "quantization_config", None) is not None:
         return None
-    headers = {path: read_safetensors_header(path) for path in files}
+    headers: dict[str, Any] = {}
+    paths: dict[str, Path] = {}
+    for path in files:
+        header = read_safetensors_header(path)
+        headers |= header
+        paths |= dict.fromkeys(header, path)
     try:
-        pieces = pieces_of(
-            model, {name: each for header in headers.values() for name, each in header.items()}
-        )
+        pieces = pieces_of(model, headers)
     except UnsupportedModelError:
         return None
-    for name, tensor in saved_tensors(model):
-        if name not in pieces or pieces[name].shape != tuple(tensor.shape):
-            return None
-    if pieces.keys() - dict(saved_tensors(model)).keys():
-        return None  # tied ones that the files have twice, which may differ
-    return SavedWeights(model, pieces, {name: path for path, header in headers.items() for name in header})
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(model)}
+    if {name: piece.shape for name, piece in pieces.items()} != shapes:
+        return None  # too many, as well: tied ones that the files have twice may differ
+    return SavedWeights(model, pieces, paths)

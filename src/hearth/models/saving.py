@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -163,14 +164,9 @@ def write_weights(
         for written, tensor in in_files(name, each).items()
     }
     file_of = _files_of(sizes, max_bytes)
-    pending: dict[str, Tensor] = {}
-    for name in like:
-        for written, tensor in in_files(name, weights[name]).items():
-            if pending and file_of[written] != file_of[next(iter(pending))]:
-                _write_file(pending, directory, file_of)
-                pending = {}
-            pending[written] = tensor.contiguous()
-    _write_file(pending, directory, file_of)
+    tensors = (pair for name in like for pair in in_files(name, weights[name]).items())
+    for file, pairs in itertools.groupby(tensors, key=lambda pair: file_of[pair[0]]):
+        save_file({name: each.contiguous() for name, each in pairs}, directory / file, {"format": "pt"})
     if len(set(file_of.values())) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
         path = directory / "model.safetensors.index.json"
@@ -189,10 +185,6 @@ def _files_of(sizes: Mapping[str, int], max_bytes: int) -> dict[str, str]:
     if number == 1:
         return dict.fromkeys(numbers, "model.safetensors")
     return {name: f"model-{each:05}-of-{number:05}.safetensors" for name, each in numbers.items()}
-
-
-def _write_file(tensors: Mapping[str, Tensor], directory: Path, file_of: Mapping[str, str]) -> None:
-    save_file(dict(tensors), directory / file_of[next(iter(tensors))], {"format": "pt"})
 
 
 def _edit_json(path: Path, class_names: dict[str, str]) -> None:
