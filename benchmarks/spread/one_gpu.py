@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hearth.config.parallel import ParallelSection
 from hearth.parallel.layout import DIMENSIONS, Layout
+from hearth.parallel.meeting import leave
 from hearth.parallel.sharding import shard_weights
 from hearth.parallel.world import World
 from hearth.training.compiling import compile_blocks
@@ -33,7 +34,7 @@ def one_gpu(job: dict[str, Any]) -> dict[str, Any]:
         mesh = init_device_mesh(device.type, (1,) * len(DIMENSIONS), mesh_dim_names=DIMENSIONS)
         return _measure(job, shape, World(Layout(), device, mesh=mesh))
     finally:
-        dist.destroy_process_group()
+        leave()
 
 
 def _measure(job: dict[str, Any], shape: Shape, world: World) -> dict[str, Any]:
